@@ -1,0 +1,1 @@
+"""DynaMS stream: train on the part of a huge WebDataset that matters now."""

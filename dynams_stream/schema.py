@@ -1,0 +1,147 @@
+"""The store's layout: the only place that spells its paths, columns and format versions.
+
+    <store>/
+      dataset/000001.parquet              one line per shard
+      index/part-000000-<digest>.parquet  one line per sample: key and members
+      rounds/000001/
+        scores/part-000000.parquet        one line per sample: the scores of one forward pass
+        selection.parquet                 one line per shard: the rows to train on
+        round.json                        written last; the round exists from then on
+      control/                            claims of round numbers, saved weights, unfinished indexing
+
+Paths built here are relative to the store, with `/` as separator.
+"""
+
+from __future__ import annotations
+
+import pyarrow as pa
+
+FORMAT_VERSION = 1
+FORMAT_KEY = b"dynams_format"
+"""Parquet metadata key of the format version, in every table."""
+IDENTITY_KEY = b"dynams_identity"
+"""Parquet metadata key of a score part's identity: JSON that says what made it."""
+RECEIPT_KEY = b"dynams_receipt"
+"""Parquet metadata key of a score part's receipt: JSON with its counts and seconds."""
+
+DATASET_SCHEMA = pa.schema(
+    [
+        pa.field("shard", pa.int32(), nullable=False),
+        pa.field("url", pa.string(), nullable=False),
+        pa.field("bytes", pa.int64(), nullable=False),
+        pa.field("fingerprint", pa.string(), nullable=False),
+        pa.field("samples", pa.int64(), nullable=False),
+        pa.field("part", pa.int32(), nullable=False),
+        pa.field("index_file", pa.string(), nullable=False),
+    ],
+    metadata={FORMAT_KEY: str(FORMAT_VERSION)},
+)
+
+MEMBER_TYPE = pa.struct(
+    [
+        pa.field("ext", pa.string(), nullable=False),
+        pa.field("offset", pa.int64(), nullable=False),
+        pa.field("size", pa.int64(), nullable=False),
+    ]
+)
+
+INDEX_SCHEMA = pa.schema(
+    [
+        pa.field("shard", pa.int32(), nullable=False),
+        pa.field("row", pa.int32(), nullable=False),
+        pa.field("key", pa.string(), nullable=False),
+        pa.field("members", pa.list_(pa.field("element", MEMBER_TYPE, nullable=False)), nullable=False),
+    ],
+    metadata={FORMAT_KEY: str(FORMAT_VERSION)},
+)
+
+SCORE_COLUMNS = ("distance", "margin", "loss", "el2n", "entropy", "confidence")
+"""The float32 columns of a score table, in order; all come from one forward pass."""
+
+SCORES_SCHEMA = pa.schema(
+    [
+        pa.field("shard", pa.int32(), nullable=False),
+        pa.field("row", pa.int32(), nullable=False),
+        pa.field("key", pa.string(), nullable=False),
+        pa.field("label", pa.int32()),
+        pa.field("predicted", pa.int32()),
+        pa.field("runner_up", pa.int32()),
+        *[pa.field(name, pa.float32()) for name in SCORE_COLUMNS],
+        pa.field("error", pa.string()),
+    ],
+    metadata={FORMAT_KEY: str(FORMAT_VERSION)},
+)
+
+SELECTION_SCHEMA = pa.schema(
+    [
+        pa.field("shard", pa.int32(), nullable=False),
+        pa.field("rows", pa.list_(pa.field("element", pa.uint32(), nullable=False)), nullable=False),
+        pa.field("weights", pa.list_(pa.field("element", pa.float32(), nullable=False))),
+    ],
+    metadata={FORMAT_KEY: str(FORMAT_VERSION)},
+)
+
+COLUMN_ENCODING = {
+    "shard": "DELTA_BINARY_PACKED",
+    "row": "DELTA_BINARY_PACKED",
+    "key": "DELTA_BYTE_ARRAY",
+    "rows.list.element": "DELTA_BINARY_PACKED",
+    "members.list.element.offset": "DELTA_BINARY_PACKED",
+    "members.list.element.size": "DELTA_BINARY_PACKED",
+    **{name: "BYTE_STREAM_SPLIT" for name in SCORE_COLUMNS},
+}
+"""Encodings that halve the tables against Parquet's defaults (10 MB against 20 MB for 10⁶ scored samples)."""
+
+DATASET_FOLDER = "dataset"
+INDEX_FOLDER = "index"
+ROUNDS_FOLDER = "rounds"
+CONTROL_FOLDER = "control"
+CLAIMS_FOLDER = "control/claims"
+WEIGHTS_FOLDER = "control/weights"
+INDEXING_FOLDER = "control/indexing"
+CALLS_FOLDER = "control/calls"
+
+
+def number_name(number: int) -> str:
+    """The name of dataset version or round `number`: six digits at least."""
+    return f"{number:06d}"
+
+
+def dataset_path(version: int) -> str:
+    """Path of the table of shards of dataset `version` (1, 2, …)."""
+    return f"{DATASET_FOLDER}/{number_name(version)}.parquet"
+
+
+def index_path(part: int, digest: str) -> str:
+    """Path of the member index of `part`; `digest` names its content, so that versions can share files."""
+    return f"{INDEX_FOLDER}/part-{part:06d}-{digest}.parquet"
+
+
+def round_path(number: int) -> str:
+    """Folder of round `number` (1, 2, …)."""
+    return f"{ROUNDS_FOLDER}/{number_name(number)}"
+
+
+def scores_folder(number: int) -> str:
+    """Folder of the score tables of round `number`."""
+    return f"{round_path(number)}/scores"
+
+
+def scores_path(number: int, part: int) -> str:
+    """Path of the score table of `part` in round `number`."""
+    return f"{scores_folder(number)}/part-{part:06d}.parquet"
+
+
+def selection_path(number: int) -> str:
+    """Path of the selection of round `number`."""
+    return f"{round_path(number)}/selection.parquet"
+
+
+def manifest_path(number: int) -> str:
+    """Path of the manifest whose appearance publishes round `number`."""
+    return f"{round_path(number)}/round.json"
+
+
+def encodings(schema: pa.Schema) -> dict[str, str]:
+    """The entries of `COLUMN_ENCODING` that apply to `schema`, as `pyarrow.parquet.ParquetWriter` takes them."""
+    return {column: code for column, code in COLUMN_ENCODING.items() if column.split(".")[0] in schema.names}

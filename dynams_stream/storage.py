@@ -1,0 +1,351 @@
+"""The one door to bytes: range reads, atomic writes, listing, create-if-absent and fingerprints.
+
+Local paths go straight to the operating system; `scheme://` URLs go through fsspec (`s3://` needs the extra
+`dynams-stream[s3]`, `gs://` needs `dynams-stream[gcs]`). Shell pipes are refused.
+
+A fingerprint says which bytes a shard held when it was indexed:
+
+    size=30720;time=1732412345678901234;head=9f86d081     local: bytes, modification time in ns, CRC-32 of the first 512
+    size=30720;etag="d41d8cd98f00b204";head=9f86d081      object store
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import uuid
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from typing import BinaryIO, Protocol, cast
+
+import fsspec
+
+from dynams_stream.errors import MissingExtraError, ShardChangedError, ShardMissingError, StoreError, UsageError
+
+HEADER_BYTES = 512
+_SCHEME = re.compile(r"^([a-zA-Z][a-zA-Z0-9+.-]*)://")
+_EXTRAS = {"s3": "s3", "s3a": "s3", "gs": "gcs", "gcs": "gcs"}
+
+
+def absolute(url: str | os.PathLike[str]) -> str:
+    """An absolute local path, or the URL as it is.
+
+    Raises:
+        UsageError: for an empty name, or a `pipe:` URL, which would run a shell command.
+    """
+    text = os.fspath(url)
+    if not text:
+        raise UsageError("got an empty path; give a file, a folder or a URL such as s3://bucket/key")
+    if text.startswith("pipe:"):
+        raise UsageError(f"{text!r} would run a shell command; give a path or a URL such as s3://bucket/key instead")
+    if text.startswith("file://"):
+        text = text[len("file://") :]
+    if _SCHEME.match(text):
+        return text.rstrip("/")
+    return os.path.abspath(os.path.expanduser(text))
+
+
+def is_local(url: str) -> bool:
+    """Whether `url` names a file of this machine."""
+    return _SCHEME.match(url) is None
+
+
+def join(base: str, relative: str) -> str:
+    """`relative` (with `/`) below `base`."""
+    return f"{base}/{relative}" if relative else base
+
+
+def file_system(url: str) -> fsspec.AbstractFileSystem:
+    """fsspec's file system for a remote URL.
+
+    Raises:
+        MissingExtraError: when the protocol's package is not installed.
+        UsageError: when fsspec does not know the protocol.
+    """
+    protocol = url.split("://", 1)[0]
+    try:
+        return fsspec.filesystem(protocol)
+    except ImportError as error:
+        extra = _EXTRAS.get(protocol)
+        hint = f"pip install 'dynams-stream[{extra}]'" if extra else f"install fsspec's package for {protocol}://"
+        raise MissingExtraError(f"{url}: {error}. To read {protocol}:// {hint}") from error
+    except ValueError as error:
+        raise UsageError(f"{url}: fsspec knows no protocol {protocol!r}") from error
+
+
+# ---- reading ---------------------------------------------------------------------------------------------------------
+
+
+class Reader(Protocol):
+    """Positioned reads of one open file or object."""
+
+    size: int
+    """Length in bytes when it was opened."""
+
+    def pread(self, offset: int, size: int) -> bytes:
+        """Exactly `size` bytes from `offset`; ShardChangedError when there are fewer."""
+
+    def close(self) -> None:
+        """Give the file handle back."""
+
+
+class LocalReader:
+    """Positioned reads of a local file, safe from several threads at once."""
+
+    def __init__(self, path: str):
+        try:
+            self._descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        except FileNotFoundError as error:
+            raise ShardMissingError(missing_message(path), shard=path) from error
+        self.path = path
+        status = os.fstat(self._descriptor)
+        self.size = status.st_size
+        self.modified = status.st_mtime_ns
+
+    def pread(self, offset: int, size: int) -> bytes:
+        data = os.pread(self._descriptor, size, offset)
+        if len(data) == size:
+            return data
+        pieces = [data]  # a signal or a network file system may cut a read short; only an empty read is the end
+        while data and size > sum(map(len, pieces)):
+            done = sum(map(len, pieces))
+            data = os.pread(self._descriptor, size - done, offset + done)
+            pieces.append(data)
+        data = b"".join(pieces)
+        if len(data) != size:
+            raise ShardChangedError(short_message(self.path, offset, size, len(data)), shard=self.path)
+        return data
+
+    def close(self) -> None:
+        if self._descriptor >= 0:
+            os.close(self._descriptor)
+            self._descriptor = -1
+
+    def __del__(self) -> None:
+        self.close()
+
+
+class RemoteReader:
+    """Positioned reads of an object through fsspec, one range request each."""
+
+    def __init__(self, url: str):
+        self.url = url
+        self._system = file_system(url)
+        try:
+            self._about = self._system.info(url)
+        except FileNotFoundError as error:
+            raise ShardMissingError(missing_message(url), shard=url) from error
+        self.size = int(self._about["size"])
+        self.etag = str(self._about.get("ETag") or self._about.get("etag") or self._about.get("generation") or "")
+
+    def pread(self, offset: int, size: int) -> bytes:
+        if size == 0:
+            return b""
+        data = bytes(self._system.cat_file(self.url, start=offset, end=offset + size))
+        if len(data) != size:
+            raise ShardChangedError(short_message(self.url, offset, size, len(data)), shard=self.url)
+        return data
+
+    def close(self) -> None:
+        return None
+
+
+def missing_message(url: str) -> str:
+    """What to say of a shard that is not there."""
+    return f"{url}: no such file or object; restore it, or index the dataset again without it"
+
+
+def short_message(url: str, offset: int, wanted: int, found: int) -> str:
+    """What to say when a range ends too early."""
+    return (
+        f"{url}: asked for {wanted} bytes at {offset}, got {found}; "
+        f"the shard was truncated or rewritten after it was indexed: restore it, or index the dataset again"
+    )
+
+
+def open_reader(url: str) -> LocalReader | RemoteReader:
+    """Open a file or object for positioned reads.
+
+    Raises:
+        ShardMissingError: when it is not there.
+    """
+    return LocalReader(url) if is_local(url) else RemoteReader(url)
+
+
+def open_sequential(url: str) -> BinaryIO:
+    """Open a file or object to be read (and seeked) from front to back."""
+    try:
+        if is_local(url):
+            return open(url, "rb", buffering=1 << 20)
+        return cast(BinaryIO, file_system(url).open(url, "rb", cache_type="readahead", block_size=8 << 20))
+    except FileNotFoundError as error:
+        raise ShardMissingError(missing_message(url), shard=url) from error
+
+
+def open_random(url: str) -> BinaryIO:
+    """Open a table's file for the scattered reads of a Parquet reader."""
+    if is_local(url):
+        return open(url, "rb")
+    return cast(BinaryIO, file_system(url).open(url, "rb", cache_type="none"))
+
+
+def read_bytes(url: str) -> bytes:
+    """The whole file or object; FileNotFoundError when it is not there."""
+    if is_local(url):
+        with open(url, "rb") as file:
+            return file.read()
+    return bytes(file_system(url).cat_file(url))
+
+
+# ---- fingerprints ----------------------------------------------------------------------------------------------------
+
+
+def fingerprint(reader: LocalReader | RemoteReader) -> str:
+    """What identifies the bytes behind an open reader (see the module's docstring for the form)."""
+    head = zlib.crc32(reader.pread(0, min(HEADER_BYTES, reader.size)))
+    if isinstance(reader, LocalReader):
+        return f"size={reader.size};time={reader.modified};head={head:08x}"
+    return f"size={reader.size};etag={reader.etag};head={head:08x}"
+
+
+def same_bytes(recorded: str, found: str, *, moved: bool) -> bool:
+    """Whether two fingerprints name the same bytes; a `moved` copy is compared by size and header alone."""
+    if recorded == found:
+        return True
+    if not moved:
+        return False
+    return _without_version(recorded) == _without_version(found)
+
+
+def _without_version(text: str) -> list[str]:
+    return [field for field in text.split(";") if field.startswith(("size=", "head="))]
+
+
+# ---- writing ---------------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def atomic_writer(url: str) -> Iterator[BinaryIO]:
+    """A binary file that appears under `url` whole, when the block ends without an error, or not at all.
+
+    Local: written beside its place, fsynced, renamed. Object store: one PUT (or one multipart upload completed last).
+    """
+    if not is_local(url):
+        with file_system(url).transaction, file_system(url).open(url, "wb") as remote:
+            yield cast(BinaryIO, remote)
+        return
+    temporary = _temporary_name(url)
+    try:
+        with open(temporary, "xb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, url)
+    except BaseException:
+        with suppress(FileNotFoundError):
+            os.remove(temporary)
+        raise
+    _sync_folder(url)
+
+
+def write_bytes(url: str, data: bytes) -> None:
+    """Write or replace a whole file or object atomically."""
+    with atomic_writer(url) as file:
+        file.write(data)
+
+
+def create(url: str, data: bytes) -> None:
+    """Write a whole file or object only if none is there: a hard link locally, a conditional PUT in an object store.
+
+    Raises:
+        FileExistsError: when there is one already; it is left as it was.
+    """
+    if not is_local(url):
+        _create_remote(url, data)
+        return
+    temporary = _temporary_name(url)
+    try:
+        with open(temporary, "xb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.link(temporary, url)
+    finally:
+        with suppress(FileNotFoundError):
+            os.remove(temporary)
+    _sync_folder(url)
+
+
+def _create_remote(url: str, data: bytes) -> None:
+    system = file_system(url)
+    try:
+        with system.open(url, "xb") as file:
+            file.write(data)
+    except FileExistsError:
+        raise
+    except OSError as error:  # s3fs reports a failed precondition as an OSError that names the condition
+        if "precondition" in str(error).lower() or "412" in str(error):
+            raise FileExistsError(url) from error
+        raise
+    except ValueError as error:
+        raise StoreError(f"{url}: this object store cannot create a file only if it is absent ({error})") from error
+
+
+def _temporary_name(path: str) -> str:
+    folder, name = os.path.split(path)
+    os.makedirs(folder, exist_ok=True)
+    return os.path.join(folder, f".{name}.{uuid.uuid4().hex}.tmp")
+
+
+def _sync_folder(path: str) -> None:
+    """Make a rename or link in the folder of `path` survive a power cut; some shared file systems refuse it."""
+    with suppress(OSError):
+        descriptor = os.open(os.path.dirname(path), os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+# ---- names -----------------------------------------------------------------------------------------------------------
+
+
+def list_names(folder: str) -> list[str]:
+    """Sorted names of what lies directly in a folder or prefix; empty when there is none."""
+    if is_local(folder):
+        try:
+            return sorted(os.listdir(folder))
+        except FileNotFoundError:
+            return []
+    system = file_system(folder)
+    with suppress(FileNotFoundError):
+        system.invalidate_cache(folder)
+        return sorted({entry["name"].rstrip("/").rsplit("/", 1)[-1] for entry in system.ls(folder, detail=True)})
+    return []
+
+
+def exists(url: str) -> bool:
+    """Whether a file, folder or object of that name is there now."""
+    if is_local(url):
+        return os.path.exists(url)
+    system = file_system(url)
+    system.invalidate_cache()
+    return bool(system.exists(url))
+
+
+def remove(url: str) -> None:
+    """Remove one file or object; nothing happens when it is gone already."""
+    with suppress(FileNotFoundError):
+        if is_local(url):
+            os.remove(url)
+        else:
+            file_system(url).rm_file(url)
+
+
+def remove_leftovers(folder: str) -> None:
+    """Remove what killed writers left in a local folder; object stores never show half-written objects."""
+    if is_local(folder):
+        for name in list_names(folder):
+            if name.startswith(".") and name.endswith(".tmp"):
+                remove(os.path.join(folder, name))
