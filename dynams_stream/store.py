@@ -73,9 +73,7 @@ class Dataset:
     @cached_property
     def part_of_shard(self) -> npt.NDArray[np.int32]:
         """int32, for each shard the number of its part."""
-        return np.repeat(
-            np.arange(len(self.parts), dtype=np.int32), [part.shards for part in self.parts]
-        )
+        return np.repeat(np.arange(len(self.parts), dtype=np.int32), [part.shards for part in self.parts])
 
 
 class Store:
@@ -248,8 +246,10 @@ class Round:
         scored = self.manifest["scores_of"] if self.manifest["scores_of"] is not None else self.number
         parts = self.manifest["score_parts"]
         if not parts:
-            raise StoreError(f"{self.store.url}: round {self.number} has no score tables (strategy "
-                             f"{self.manifest['strategy']!r} needs none)")
+            raise StoreError(
+                f"{self.store.url}: round {self.number} has no score tables (strategy "
+                f"{self.manifest['strategy']!r} needs none)"
+            )
         paths = [self.store.path(schema.scores_path(scored, part)) for part in parts]
         if storage.is_local(self.store.url):
             return pyarrow.dataset.dataset(paths, schema=schema.SCORES_SCHEMA, format="parquet")
@@ -271,7 +271,7 @@ def _is_numbered_table(name: str) -> bool:
 def _read_dataset(url: str, version: int) -> Dataset:
     data = storage.read_bytes(url)
     table = pq.read_table(pa.BufferReader(data))
-    require_format(table.schema.metadata, url)
+    schema.require_format(table.schema.metadata, url)
     parts = table["part"].to_numpy()
     counts = table["samples"].to_numpy()
     first, shards = np.unique(parts, return_index=True)[1], np.bincount(parts)
@@ -288,17 +288,3 @@ def _read_dataset(url: str, version: int) -> Dataset:
             for number, (start, length) in enumerate(zip(first, shards, strict=True))
         ),
     )
-
-
-def require_format(metadata: Mapping[bytes, bytes] | None, url: str) -> None:
-    """Refuse a table that a newer or foreign program wrote.
-
-    Raises:
-        StoreError: names the file and the format found.
-    """
-    found = (metadata or {}).get(schema.FORMAT_KEY)
-    if found != str(schema.FORMAT_VERSION).encode():
-        raise StoreError(
-            f"{url}: format {found.decode() if found else 'unknown'}, this version reads {schema.FORMAT_VERSION}; "
-            f"use the version of dynams-stream that wrote it"
-        )
