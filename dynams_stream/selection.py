@@ -6,10 +6,14 @@ holds its columns and a format version, no time and no path, so that the same ro
 
 from __future__ import annotations
 
+import decimal
 import hashlib
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from decimal import Decimal
+from fractions import Fraction
 from typing import BinaryIO
 
 import numpy as np
@@ -18,7 +22,31 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from dynams_stream import schema, storage
-from dynams_stream.errors import StoreError
+from dynams_stream.errors import StoreError, UsageError
+
+
+def _exact(fraction: float | str | Decimal) -> Fraction:
+    """The decimal as written, exactly: 0.07 is 7/100, not the float next to it.
+
+    Raises:
+        UsageError: unless it is a number in [0, 1].
+    """
+    try:
+        written = Decimal(str(fraction).strip())
+    except decimal.InvalidOperation:
+        written = Decimal("NaN")
+    if not (written.is_finite() and 0 <= written <= 1):
+        raise UsageError(f"a fraction is a number from 0 to 1; got {fraction!r}")
+    return Fraction(written)
+
+
+def selected_count(fraction: float | str | Decimal, samples: int) -> int:
+    """⌈fraction · samples⌉, with the fraction as the decimal it is written as: 0.07 of 100 is 7.
+
+    Raises:
+        UsageError: unless the fraction is a number in [0, 1].
+    """
+    return math.ceil(_exact(fraction) * samples)
 
 
 @dataclass(frozen=True, eq=False)
@@ -190,6 +218,11 @@ class SelectionWriter:
         """Write the footer; `digest` is final from here on."""
         self._parquet.close()
 
+    def abandon(self) -> None:
+        """Close without writing any more: left open, pyarrow would write a footer into the closed file later."""
+        self._file.discards = True
+        self._parquet.close()
+
     @property
     def digest(self) -> str:
         """SHA-256 in hex of the bytes written so far."""
@@ -204,7 +237,11 @@ def selection_writer(url: str) -> Iterator[SelectionWriter]:
     """
     with storage.atomic_writer(url) as file:
         writer = SelectionWriter(file)
-        yield writer
+        try:
+            yield writer
+        except BaseException:
+            writer.abandon()
+            raise
         writer.close()
 
 
@@ -220,11 +257,13 @@ class _HashingFile:
         self._file = file
         self._position = 0
         self.digest = hashlib.sha256()
+        self.discards = False
         self.closed = False
 
     def write(self, data: bytes) -> int:
-        self.digest.update(data)
-        self._file.write(data)
+        if not self.discards:
+            self.digest.update(data)
+            self._file.write(data)
         size = memoryview(data).nbytes
         self._position += size
         return size
@@ -233,7 +272,8 @@ class _HashingFile:
         return self._position
 
     def flush(self) -> None:
-        self._file.flush()
+        if not self.discards:
+            self._file.flush()
 
     def close(self) -> None:
         self.closed = True  # the underlying file belongs to `storage.atomic_writer`
