@@ -132,19 +132,20 @@ def _read_flat(
         shards = table["shard"].to_numpy()
         if not np.array_equal(shards, np.arange(line, line + len(shards))):
             raise _malformed(url, f"row group {group} does not hold shards {line} to {line + len(shards) - 1} in order")
-        for chunk in table["rows"].chunks:
-            counts[line : line + len(chunk)] = chunk.value_lengths().to_numpy(zero_copy_only=False)
-            line += len(chunk)
-            flat = chunk.flatten().to_numpy(zero_copy_only=False)
-            values[filled : filled + len(flat)] = flat
-            filled += len(flat)
-        for chunk in table["weights"].chunks:
-            flat = chunk.flatten().to_numpy(zero_copy_only=False)
-            if len(flat) and weights is None:
-                weights = np.empty(most, dtype=np.float32)
-            if weights is not None:
-                weights[weighted : weighted + len(flat)] = flat
-            weighted += len(flat)
+        rows, weight = table["rows"].combine_chunks(), table["weights"].combine_chunks()
+        lengths = rows.value_lengths().to_numpy(zero_copy_only=False)
+        counts[line : line + len(lengths)] = lengths
+        flat = rows.flatten().to_numpy(zero_copy_only=False)
+        values[filled : filled + len(flat)] = flat
+        filled += len(flat)
+        if len(flat_weights := weight.flatten().to_numpy(zero_copy_only=False)):
+            unequal = np.flatnonzero(lengths != weight.value_lengths().fill_null(0).to_numpy(zero_copy_only=False))
+            if len(unequal):
+                raise _malformed(url, f"shard {line + unequal[0]} has not one weight for each of its rows")
+            weights = np.empty(most, dtype=np.float32) if weights is None else weights
+            weights[weighted : weighted + len(flat_weights)] = flat_weights
+            weighted += len(flat_weights)
+        line += len(lengths)
     if weighted not in (0, filled):
         raise _malformed(url, f"it has {weighted} weights for {filled} rows")
     return counts, values[:filled], None if weights is None else weights[:filled]
