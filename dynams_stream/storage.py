@@ -13,6 +13,8 @@ from __future__ import annotations
 
 import os
 import re
+import tempfile
+import time
 import uuid
 import zlib
 from collections.abc import Iterator
@@ -25,6 +27,7 @@ from dynams_stream.errors import MissingExtraError, ShardChangedError, ShardMiss
 
 HEADER_BYTES = 512
 _SCHEME = re.compile(r"^([a-zA-Z][a-zA-Z0-9+.-]*)://")
+_CONDITIONAL = frozenset({"s3", "s3a", "gs", "gcs", "memory"})
 _EXTRAS = {"s3": "s3", "s3a": "s3", "gs": "gcs", "gcs": "gcs"}
 
 
@@ -65,7 +68,8 @@ def file_system(url: str) -> fsspec.AbstractFileSystem:
     """
     protocol = url.split("://", 1)[0]
     try:
-        return fsspec.filesystem(protocol)
+        # fsspec shares one instance between threads; its cached listings would hide what other processes write
+        return fsspec.filesystem(protocol, use_listings_cache=False)
     except ImportError as error:
         extra = _EXTRAS.get(protocol)
         hint = f"pip install 'dynams-stream[{extra}]'" if extra else f"install fsspec's package for {protocol}://"
@@ -92,6 +96,8 @@ class Reader(Protocol):
 
 class LocalReader:
     """Positioned reads of a local file, safe from several threads at once."""
+
+    _descriptor = -1
 
     def __init__(self, path: str):
         try:
@@ -142,7 +148,14 @@ class RemoteReader:
     def pread(self, offset: int, size: int) -> bytes:
         if size == 0:
             return b""
-        data = bytes(self._system.cat_file(self.url, start=offset, end=offset + size))
+        try:
+            data = bytes(self._system.cat_file(self.url, start=offset, end=offset + size))
+        except FileNotFoundError as error:
+            raise ShardMissingError(missing_message(self.url), shard=self.url) from error
+        except OSError as error:
+            if _refusal(error) != "InvalidRange":  # how S3 says that the object ends before `offset`
+                raise
+            data = b""
         if len(data) != size:
             raise ShardChangedError(short_message(self.url, offset, size, len(data)), shard=self.url)
         return data
@@ -229,11 +242,15 @@ def _without_version(text: str) -> list[str]:
 def atomic_writer(url: str) -> Iterator[BinaryIO]:
     """A binary file that appears under `url` whole, when the block ends without an error, or not at all.
 
-    Local: written beside its place, fsynced, renamed. Object store: one PUT (or one multipart upload completed last).
+    Local: written beside its place, fsynced, renamed. Object store: written to a temporary file of this machine, then
+    one PUT (or one multipart upload completed last). Several may be open at a time, in any number of threads.
     """
     if not is_local(url):
-        with file_system(url).transaction, file_system(url).open(url, "wb") as remote:
+        # not fsspec's transactions: all threads share one, which commits whatever any of them has open
+        with tempfile.NamedTemporaryFile(prefix="dynams-") as remote:
             yield cast(BinaryIO, remote)
+            remote.flush()
+            file_system(url).put_file(remote.name, url)
         return
     temporary = _temporary_name(url)
     try:
@@ -279,17 +296,31 @@ def create(url: str, data: bytes) -> None:
 
 def _create_remote(url: str, data: bytes) -> None:
     system = file_system(url)
-    try:
-        with system.open(url, "xb") as file:
-            file.write(data)
-    except FileExistsError:
-        raise
-    except OSError as error:  # s3fs reports a failed precondition as an OSError that names the condition
-        if "precondition" in str(error).lower() or "412" in str(error):
-            raise FileExistsError(url) from error
-        raise
-    except ValueError as error:
-        raise StoreError(f"{url}: this object store cannot create a file only if it is absent ({error})") from error
+    if url.split("://", 1)[0] not in _CONDITIONAL:
+        raise StoreError(
+            f"{url}: cannot create a file only if it is absent there, which publishing needs; "
+            f"use a store on {', '.join(sorted(_CONDITIONAL))} or a shared folder"
+        )
+    for wait in (0.1, 0.3, 1.0, 3.0, None):
+        try:
+            system.pipe_file(url, data, mode="create")
+            return
+        except FileExistsError:
+            raise
+        except OSError as error:
+            code = _refusal(error)
+            if code == "PreconditionFailed":
+                raise FileExistsError(url) from error
+            if code != "ConditionalRequestConflict" or wait is None:  # S3 asks to try again when two PUTs meet
+                raise
+            time.sleep(wait)
+
+
+def _refusal(error: OSError) -> str:
+    """The code with which an object store refused a request; s3fs keeps it in the error's cause."""
+    response = getattr(error.__cause__, "response", None) or {}
+    code = str(response.get("Error", {}).get("Code", getattr(error, "code", "")))
+    return {"412": "PreconditionFailed", "409": "ConditionalRequestConflict"}.get(code, code)
 
 
 def _temporary_name(path: str) -> str:
@@ -320,7 +351,6 @@ def list_names(folder: str) -> list[str]:
             return []
     system = file_system(folder)
     with suppress(FileNotFoundError):
-        system.invalidate_cache(folder)
         return sorted({entry["name"].rstrip("/").rsplit("/", 1)[-1] for entry in system.ls(folder, detail=True)})
     return []
 
@@ -329,9 +359,30 @@ def exists(url: str) -> bool:
     """Whether a file, folder or object of that name is there now."""
     if is_local(url):
         return os.path.exists(url)
-    system = file_system(url)
-    system.invalidate_cache()
-    return bool(system.exists(url))
+    return bool(file_system(url).exists(url))
+
+
+def modified(url: str) -> float:
+    """When a file or object was last written, in seconds since 1970; 0 when it is gone or the store does not say."""
+    try:
+        if is_local(url):
+            return os.stat(url).st_mtime
+        return float(file_system(url).modified(url).timestamp())
+    except (FileNotFoundError, NotImplementedError):
+        return 0.0
+
+
+def version(url: str) -> str:
+    """A text that changes whenever the file or object is written; empty when it is gone."""
+    try:
+        if is_local(url):
+            status = os.stat(url)
+            return f"{status.st_size}-{status.st_mtime_ns}-{status.st_ino}"
+        system = file_system(url)
+        system.invalidate_cache()
+        return str(system.ukey(url))
+    except FileNotFoundError:
+        return ""
 
 
 def remove(url: str) -> None:
