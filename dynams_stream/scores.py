@@ -126,7 +126,7 @@ def _recompute_cancelled(difference: Tensor, total: Tensor, rows: Tensor, column
 class ScoreBatch:
     """Scores of B samples, each field of shape (B,), on the device of the logits.
 
-    Where `finite` is false the logits held NaN or infinity (in float32): predicted and runner_up are -1, all scores NaN.
+    Where `finite` is false the logits held NaN or infinity (in float32): both classes are -1 and all scores NaN.
     Where `labelled` is false margin, loss and el2n are NaN. No other NaN occurs. Write both as null.
     """
 
