@@ -96,6 +96,9 @@ COLUMN_ENCODING = {
 }
 """Encodings that halve the tables against Parquet's defaults (10 MB against 20 MB for 10⁶ scored samples)."""
 
+ROW_GROUP_ROWS = 131_072
+"""Lines of a row group at most. A shard starts a new one, so that reading one shard reads little more than it."""
+
 DATASET_FOLDER = "dataset"
 INDEX_FOLDER = "index"
 ROUNDS_FOLDER = "rounds"
@@ -144,6 +147,16 @@ def selection_path(number: int) -> str:
 def manifest_path(number: int) -> str:
     """Path of the manifest whose appearance publishes round `number`."""
     return f"{round_path(number)}/round.json"
+
+
+def claim_path(number: int) -> str:
+    """Path of the file whose creation gives the number of a round to one job."""
+    return f"{CLAIMS_FOLDER}/{number_name(number)}.json"
+
+
+def selection_claim_path(number: int) -> str:
+    """Path of the file whose creation settles which selection will be written into round `number`."""
+    return f"{CLAIMS_FOLDER}/{number_name(number)}-selection.json"
 
 
 def encodings(schema: pa.Schema) -> dict[str, str]:

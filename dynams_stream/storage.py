@@ -11,6 +11,8 @@ A fingerprint says which bytes a shard held when it was indexed:
 
 from __future__ import annotations
 
+import errno
+import hashlib
 import os
 import re
 import tempfile
@@ -211,6 +213,15 @@ def read_bytes(url: str) -> bytes:
     return bytes(file_system(url).cat_file(url))
 
 
+def file_digest(url: str) -> str:
+    """SHA-256 of a whole file or object in hex, read in pieces; FileNotFoundError when it is not there."""
+    digest = hashlib.sha256()
+    with open_sequential(url) as file:
+        while piece := file.read(1 << 20):
+            digest.update(piece)
+    return digest.hexdigest()
+
+
 # ---- fingerprints ----------------------------------------------------------------------------------------------------
 
 
@@ -258,7 +269,12 @@ def atomic_writer(url: str) -> Iterator[BinaryIO]:
             yield file
             file.flush()
             os.fsync(file.fileno())
-        os.replace(temporary, url)
+        try:
+            os.replace(temporary, url)
+        except FileNotFoundError as error:
+            raise StoreError(
+                f"{url}: another job on this store removed the unfinished file as a leftover; run again when it is done"
+            ) from error
     except BaseException:
         with suppress(FileNotFoundError):
             os.remove(temporary)
@@ -287,11 +303,26 @@ def create(url: str, data: bytes) -> None:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
-        os.link(temporary, url)
+        _link(temporary, url)
     finally:
         with suppress(FileNotFoundError):
             os.remove(temporary)
     _sync_folder(url)
+
+
+def _link(temporary: str, url: str) -> None:
+    try:
+        os.link(temporary, url)
+    except FileExistsError:
+        if os.stat(temporary).st_nlink != 2:  # else it is ours: a network file system repeated a request it had done
+            raise
+    except OSError as error:
+        if error.errno not in (errno.EPERM, errno.ENOTSUP, errno.ENOSYS, errno.EMLINK):
+            raise
+        raise StoreError(
+            f"{url}: its file system has no hard links, which create a file only if it is absent; "
+            f"keep the store on one that has, or in an object store"
+        ) from error
 
 
 def _create_remote(url: str, data: bytes) -> None:
@@ -394,9 +425,14 @@ def remove(url: str) -> None:
             file_system(url).rm_file(url)
 
 
-def remove_leftovers(folder: str) -> None:
-    """Remove what killed writers left in a local folder; object stores never show half-written objects."""
+def remove_leftovers(folder: str, *, spare: str | None = None) -> None:
+    """Remove what killed writers left in a local folder; object stores never show half-written objects.
+
+    Args:
+        folder: where to look.
+        spare: a file name whose unfinished files stay, since another job may be about to create it.
+    """
     if is_local(folder):
         for name in list_names(folder):
-            if name.startswith(".") and name.endswith(".tmp"):
+            if name.startswith(".") and name.endswith(".tmp") and not (spare and name.startswith(f".{spare}.")):
                 remove(os.path.join(folder, name))

@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import uuid
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -137,7 +138,8 @@ class Store:
 
     def rounds(self) -> list[Round]:
         """All published rounds, oldest first."""
-        return [self._read_round(number) for number in self.round_numbers() if self.is_published(number)]
+        found = (self._read_round(number) for number in self.round_numbers())
+        return [published for published in found if published is not None]
 
     def round(self, which: int | str = "latest") -> Round:
         """One published round: its number, or "latest".
@@ -145,38 +147,139 @@ class Store:
         Raises:
             RoundNotFoundError: when it is not published.
         """
-        numbers = self.round_numbers()
         if which == "latest":
-            for number in reversed(numbers):
-                if self.is_published(number):
-                    return self._read_round(number)
+            for number in reversed(self.round_numbers()):
+                published = self._read_round(number)
+                if published is not None:
+                    return published
             raise RoundNotFoundError(f"{self.url} holds no published round yet; run: dynams score, then dynams select")
         number = round_number(which)
-        if number not in numbers or not self.is_published(number):
+        published = self._read_round(number)
+        if published is None:
             raise RoundNotFoundError(f"{self.url} holds no published round {number}; `dynams status` lists them")
-        return self._read_round(number)
+        return published
 
-    def _read_round(self, number: int) -> Round:
-        text = storage.read_bytes(self.path(schema.manifest_path(number)))
-        return Round(store=self, number=number, manifest=json.loads(text))
+    def _read_round(self, number: int) -> Round | None:
+        url = self.path(schema.manifest_path(number))
+        try:
+            manifest = json.loads(storage.read_bytes(url))
+        except FileNotFoundError:
+            return None
+        except ValueError as error:
+            raise StoreError(f"{url}: not the JSON that publishing writes ({error}); restore it") from error
+        if manifest.get("format", schema.FORMAT_VERSION) != schema.FORMAT_VERSION:
+            raise StoreError(
+                f"{url}: format {manifest['format']}, this version reads {schema.FORMAT_VERSION}; "
+                f"use the version of dynams-stream that wrote it"
+            )
+        return Round(store=self, number=number, manifest=manifest)
+
+    # ---- making a round ----------------------------------------------------------------------------------------------
+
+    def claim_round(self, identity: Mapping[str, Any]) -> int:
+        """Take the number of a new round for one job, so that no two jobs ever write into one round's folder.
+
+        Args:
+            identity: JSON that says what the round is made of; `claims` gives it back, so that the job run again finds
+                its own number.
+        """
+        lowest = 1
+        while True:
+            number = max([lowest - 1, *self.round_numbers(), *self.claims()]) + 1
+            if self._claim(schema.claim_path(number), identity):
+                return number
+            lowest = number + 1  # a network file system may go on listing an old state for a while
+
+    def claims(self) -> dict[int, dict[str, Any]]:
+        """The identity that each claimed round number was taken with."""
+        folder = self.path(schema.CLAIMS_FOLDER)
+        names = (name.removesuffix(".json") for name in storage.list_names(folder) if name.endswith(".json"))
+        found = {int(name): self._read_claim(schema.claim_path(int(name))) for name in names if name.isdigit()}
+        return {number: claim["of"] for number, claim in sorted(found.items()) if claim is not None}
+
+    def claim_selection(self, number: int, intent: Mapping[str, Any]) -> bool:
+        """Settle what will be selected in round `number`; whether it is what `intent` says.
+
+        The first intent wins, and wins again when its job is run again. As one intent makes one sequence of bytes, no
+        job can replace the selection that another one publishes. A job that gets False claims a round of its own.
+
+        Args:
+            intent: JSON with everything that the selection's rows depend on.
+        """
+        made_by = {"pyarrow": pa.__version__, "numpy": np.__version__}  # they may change the bytes
+        mine = json.loads(json.dumps({"intent": intent, "made_by": made_by}))
+        path = schema.selection_claim_path(number)
+        if self._claim(path, mine):
+            return True
+        found = self._read_claim(path)
+        return found is not None and found["of"] == mine
+
+    def _claim(self, path: str, of: Mapping[str, Any]) -> bool:
+        token = uuid.uuid4().hex
+        text = json.dumps({"token": token, "of": of}, indent=2, allow_nan=False) + "\n"
+        try:
+            storage.create(self.path(path), text.encode())
+        except FileExistsError:
+            found = self._read_claim(path)
+            return found is not None and found["token"] == token  # ours when a lost answer made the client ask twice
+        return True
+
+    def _read_claim(self, path: str) -> dict[str, Any] | None:
+        try:
+            claim: dict[str, Any] = json.loads(storage.read_bytes(self.path(path)))
+        except FileNotFoundError:
+            return None
+        except ValueError as error:
+            raise StoreError(f"{self.path(path)}: not the JSON of a claim ({error}); remove it") from error
+        return claim
 
     def publish(self, number: int, manifest: Mapping[str, Any]) -> Round:
         """Publish round `number`: create its `round.json`, after all its other files are written.
 
         Raises:
             RoundExistsError: when another job published this round first; its round stays as it is.
+            StoreError: when `selection.parquet` is not the file that the manifest names.
         """
-        for folder in (schema.scores_folder(number), schema.round_path(number)):
-            storage.remove_leftovers(self.path(folder))
-        text = json.dumps(manifest, indent=2, sort_keys=False, allow_nan=False) + "\n"
+        folder, url = self.path(schema.round_path(number)), self.path(schema.manifest_path(number))
+        text = (json.dumps(manifest, indent=2, sort_keys=False, allow_nan=False) + "\n").encode()
+        self._require_selection(number, manifest)
+        storage.remove_leftovers(self.path(schema.scores_folder(number)))
+        storage.remove_leftovers(folder, spare=os.path.basename(url))
         try:
-            storage.create(self.path(schema.manifest_path(number)), text.encode())
+            storage.create(url, text)
+        except FileNotFoundError:
+            if not storage.exists(url):  # else: the job that published it has cleared up behind us
+                raise
+            raise self._exists(number) from None
         except FileExistsError as error:
-            raise RoundExistsError(
-                f"{self.url}: round {number} was published by another job; look at it with `dynams status` "
-                f"and run this one again for a new round"
+            # an object store's client repeats a request whose answer it lost; then the manifest there is ours
+            if storage.is_local(url) or storage.read_bytes(url) != text:
+                raise self._exists(number) from error
+        storage.remove_leftovers(folder)
+        return self.round(number)
+
+    def _require_selection(self, number: int, manifest: Mapping[str, Any]) -> None:
+        url = self.path(schema.selection_path(number))
+        expected = manifest["selection"]["sha256"]
+        try:
+            found = storage.file_digest(url)
+        except FileNotFoundError as error:
+            raise StoreError(
+                f"{url}: not there, round {number} cannot be published without it; select again"
             ) from error
-        return self._read_round(number)
+        if found != expected:
+            if self.is_published(number):
+                raise self._exists(number)
+            raise StoreError(
+                f"{url}: not the file that was cut (SHA-256 {found[:12]}, expected {expected[:12]}): "
+                f"another job wrote over it; select again"
+            )
+
+    def _exists(self, number: int) -> RoundExistsError:
+        return RoundExistsError(
+            f"{self.url}: round {number} was published by another job; look at it with `dynams status` "
+            f"and run this one again for a new round"
+        )
 
 
 @dataclass(frozen=True, eq=False)
@@ -270,7 +373,10 @@ def _is_numbered_table(name: str) -> bool:
 
 def _read_dataset(url: str, version: int) -> Dataset:
     data = storage.read_bytes(url)
-    table = pq.read_table(pa.BufferReader(data))
+    try:
+        table = pq.read_table(pa.BufferReader(data))
+    except pa.ArrowInvalid as error:
+        raise StoreError(f"{url}: not a readable Parquet file ({error}); restore it, or index again") from error
     schema.require_format(table.schema.metadata, url)
     parts = table["part"].to_numpy()
     counts = table["samples"].to_numpy()

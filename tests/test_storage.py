@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import hashlib
 import multiprocessing
 import os
 import pickle
@@ -204,6 +206,52 @@ def test_create_happens_once(folder: str) -> None:
     assert not storage.exists(url)
     storage.create(url, b"third")
     assert storage.read_bytes(url) == b"third"
+
+
+def test_a_link_that_a_network_file_system_made_twice_is_ours(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    original = os.link
+
+    def repeated(source: str, target: str) -> None:
+        original(source, target)
+        original(source, target)
+
+    monkeypatch.setattr(os, "link", repeated)
+    storage.create(str(tmp_path / "round.json"), b"ours")
+    with pytest.raises(FileExistsError):
+        storage.create(str(tmp_path / "round.json"), b"theirs")
+    assert (tmp_path / "round.json").read_bytes() == b"ours"
+
+
+def test_a_file_system_without_hard_links_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(source: str, target: str) -> None:
+        raise PermissionError(errno.EPERM, "Operation not permitted")
+
+    monkeypatch.setattr(os, "link", refuse)
+    with pytest.raises(StoreError, match="no hard links"):
+        storage.create(str(tmp_path / "round.json"), b"ours")
+    assert storage.list_names(str(tmp_path)) == []
+
+
+def test_a_writer_whose_file_was_cleared_away_says_so(tmp_path: Path) -> None:
+    def cleared() -> None:
+        with storage.atomic_writer(str(tmp_path / "table.parquet")) as file:
+            file.write(b"x")
+            storage.remove_leftovers(str(tmp_path), spare="round.json")
+            assert storage.list_names(str(tmp_path)) == []
+
+    with pytest.raises(StoreError, match="removed the unfinished file"):
+        cleared()
+    (tmp_path / ".round.json.0.tmp").write_bytes(b"x")
+    storage.remove_leftovers(str(tmp_path), spare="round.json")
+    assert storage.list_names(str(tmp_path)) == [".round.json.0.tmp"]
+
+
+def test_digests_of_whole_files(folder: str) -> None:
+    data = os.urandom(3_000_000)
+    storage.write_bytes(storage.join(folder, "a"), data)
+    assert storage.file_digest(storage.join(folder, "a")) == hashlib.sha256(data).hexdigest()
+    with pytest.raises(FileNotFoundError):
+        storage.file_digest(storage.join(folder, "b"))
 
 
 def create_together(url: str, data: bytes, gate: Any, outcome: Any) -> None:
