@@ -21,10 +21,10 @@ import torch
 from safetensors.torch import save as safetensors_bytes
 from torch import Tensor, nn
 
-from dynams_stream.errors import UsageError
-from dynams_stream.slimming import LayerPlan, leading_part, plan_slimming, slim_copy
+from dynams_stream.errors import UnsupportedLayerError, UsageError
+from dynams_stream.slimming import LayerPlan, plan_slimming
 from dynams_stream.storage import absolute, write_bytes
-from dynams_stream.tracing import find_head
+from dynams_stream.tracing import copy_module, find_head, plain_kind
 
 __all__ = ["ParameterSharingProxy", "find_head", "slim_architecture"]
 
@@ -124,6 +124,43 @@ def _require_width(width: float) -> float:
     return float(width)
 
 
+# ---- the slim copy ---------------------------------------------------------------------------------------------------
+
+
+def leading_part(tensor: Tensor, leading: tuple[int, ...]) -> Tensor:
+    """The view tensor[:leading[0], :leading[1], …]."""
+    return tensor[tuple(slice(size) for size in leading)]
+
+
+def slim_copy(model: nn.Module, plans: dict[str, LayerPlan]) -> nn.Module:
+    """A copy of `model`'s module tree whose layers hold contiguous copies of the leading parts of its tensors.
+
+    Raises:
+        UnsupportedLayerError: two layers share a tensor of which they need different parts.
+    """
+    replaced: dict[int, Any] = {}  # as deepcopy's memo: the slim tensor for each tensor of the model
+    for name, plan in plans.items():
+        layer = model.get_submodule(name)
+        for key, leading in plan.leading.items():
+            tensor = getattr(layer, key, None)
+            if tensor is None:
+                continue
+            part = _copied(leading_part(tensor, leading), like=tensor)
+            if replaced.setdefault(id(tensor), part).shape != part.shape:
+                raise UnsupportedLayerError(f"{name}: it shares its {key} with a layer of another slim size")
+    slim = copy_module(model, replaced)
+    for name, plan in plans.items():
+        layer = slim.get_submodule(name)
+        for attribute, size in plan.sizes.items():
+            setattr(layer, attribute, size)
+    return slim
+
+
+def _copied(part: Tensor, like: Tensor) -> Tensor:
+    data = part.detach().clone(memory_format=torch.contiguous_format)
+    return nn.Parameter(data, requires_grad=like.requires_grad) if isinstance(like, nn.Parameter) else data
+
+
 # ---- shared layers ---------------------------------------------------------------------------------------------------
 
 
@@ -133,6 +170,7 @@ class _SharedLayer(nn.Module):
     # A tuple, because a module here would be registered as a child and list its parameters a second time.
     source: tuple[nn.Module]
     plan: LayerPlan
+    plain: type[nn.Module]
 
     if not TYPE_CHECKING:
 
@@ -176,26 +214,24 @@ _SHARED_KINDS: dict[type[nn.Module], type[_SharedLayer]] = {
     nn.Conv3d: SharedConv3d,
     nn.PReLU: SharedPReLU,
 }
-_PLAIN_KINDS = {shared: plain for plain, shared in _SHARED_KINDS.items()}
 
 
 def _share(layer: nn.Module, source: nn.Module, plan: LayerPlan) -> None:
     """Turn a plain slim layer into one that reads the tensors of `source`."""
-    kind = _SHARED_KINDS[type(layer)]
+    plain = type(layer)
     for name, _ in list(layer.named_parameters()):
         delattr(layer, name)
-    layer.__class__ = kind
+    layer.__class__ = _SHARED_KINDS[plain_kind(layer)]
     shared = cast(_SharedLayer, layer)
-    shared.source = (source,)
-    shared.plan = plan
+    shared.source, shared.plan, shared.plain = (source,), plan, plain
 
 
 def _unshared(shared: _SharedLayer) -> nn.Module:
     """A plain layer with contiguous copies of the views of `shared`."""
     source = shared.source[0]
     layer = copy.deepcopy(shared, {id(source): None})
-    del layer.source, layer.plan
-    layer.__class__ = _PLAIN_KINDS[type(shared)]  # type: ignore[assignment]
+    del layer.source, layer.plan, layer.plain
+    layer.__class__ = shared.plain  # type: ignore[assignment]
     for name, tensor in source.named_parameters():
         part = leading_part(tensor, shared.plan.leading[name]).detach().clone(memory_format=torch.contiguous_format)
         setattr(layer, name, nn.Parameter(part, requires_grad=tensor.requires_grad))

@@ -11,18 +11,16 @@ the model would train without complaint and score nonsense.
 
 from __future__ import annotations
 
-import copy
 import math
 from dataclasses import dataclass, field
 from enum import Enum, auto
-from typing import Any, NoReturn
+from typing import Any, NoReturn, cast
 
-import torch
-from torch import Tensor, fx, nn
+from torch import fx, nn
 from torch.nn.modules.batchnorm import _NormBase
 
 from dynams_stream.errors import HeadError, UnsupportedLayerError
-from dynams_stream.tracing import WIDTH_ONE, argument, head_of, operation_name, require_head, trace
+from dynams_stream.tracing import WIDTH_ONE, argument, head_of, operation_name, plain_kind, require_head, trace
 
 
 @dataclass(frozen=True)
@@ -217,10 +215,11 @@ class _Follower:
             self._refuse(node, "its parameters are not the plain weight and bias of a layer")
         if name == self.head:
             return self._head(node, layer, value)
-        if type(layer) in CONVOLUTIONS:
+        kind = plain_kind(layer)
+        if kind in CONVOLUTIONS:
             return self._convolution(node, layer, value)
-        if type(layer) is nn.Linear:
-            return self._linear(node, layer, value)
+        if kind is nn.Linear:
+            return self._linear(node, cast(nn.Linear, layer), value)
         if type(layer) in NORMS:
             return self._norm(node, layer, value)
         if type(layer) is nn.PReLU:
@@ -293,7 +292,7 @@ class _Follower:
 
     def _convolution(self, node: fx.Node, layer: nn.Module, value: Value) -> Value:
         assert isinstance(layer, nn.Conv1d | nn.Conv2d | nn.Conv3d)
-        spatial = CONVOLUTIONS[type(layer)]
+        spatial = CONVOLUTIONS[plain_kind(layer)]
         wide = layer.in_channels
         if isinstance(value, Channels):
             if value.spatial != spatial or value.full != wide:
@@ -413,40 +412,3 @@ class _Follower:
             what = f"{path} ({getattr(owner, '__name__', owner)}): {kind}()"
         reason = reason or _REASONS.get(kind, "there is no rule for slimming it")
         raise UnsupportedLayerError(f"{what} cannot be slimmed: {reason}; change it, or {WIDTH_ONE}")
-
-
-# ---- the slim copy ---------------------------------------------------------------------------------------------------
-
-
-def leading_part(tensor: Tensor, leading: tuple[int, ...]) -> Tensor:
-    """The view tensor[:leading[0], :leading[1], …]."""
-    return tensor[tuple(slice(size) for size in leading)]
-
-
-def slim_copy(model: nn.Module, plans: dict[str, LayerPlan]) -> nn.Module:
-    """A copy of `model`'s module tree whose layers hold contiguous copies of the leading parts of its tensors.
-
-    Raises:
-        UnsupportedLayerError: two layers share a tensor of which they need different parts.
-    """
-    replaced: dict[int, Any] = {}  # as deepcopy's memo: the slim tensor for each tensor of the model
-    for name, plan in plans.items():
-        layer = model.get_submodule(name)
-        for key, leading in plan.leading.items():
-            tensor = getattr(layer, key, None)
-            if tensor is None:
-                continue
-            part = _copied(leading_part(tensor, leading), like=tensor)
-            if replaced.setdefault(id(tensor), part).shape != part.shape:
-                raise UnsupportedLayerError(f"{name}: it shares its {key} with a layer of another slim size")
-    slim = copy.deepcopy(model, replaced)
-    for name, plan in plans.items():
-        layer = slim.get_submodule(name)
-        for attribute, size in plan.sizes.items():
-            setattr(layer, attribute, size)
-    return slim
-
-
-def _copied(part: Tensor, like: Tensor) -> Tensor:
-    data = part.detach().clone(memory_format=torch.contiguous_format)
-    return nn.Parameter(data, requires_grad=like.requires_grad) if isinstance(like, nn.Parameter) else data

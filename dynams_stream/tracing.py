@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+from collections import OrderedDict
 from typing import Any
 
 from torch import fx, nn
@@ -11,11 +12,32 @@ from torch import fx, nn
 from dynams_stream.errors import HeadError, UnsupportedLayerError
 
 WIDTH_ONE = "score with the model itself (width=1) instead"
+_SUBCLASSED: tuple[type[nn.Module], ...] = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)
 _AFTER_HEAD = frozenset(
     {"Identity", "Dropout", "Flatten", "flatten", "contiguous", "float", "to", "clone", "log_softmax", "LogSoftmax"}
 )
 """What may stand between the head and the output: each leaves the differences of the logits as they are."""
 _LIBRARIES = frozenset({"torch", "_operator", "operator", "builtins", "math", "torchvision"})
+
+
+def copy_module(model: nn.Module, replaced: dict[int, Any]) -> nn.Module:
+    """A deep copy of a module without its hooks, which belong to the original.
+
+    Args:
+        replaced: what to put in the place of some objects, by their `id`.
+    """
+    hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+    without = {id(getattr(module, name)): OrderedDict[int, Any]() for module in model.modules() for name in hooks}
+    return copy.deepcopy(model, {**without, **replaced})
+
+
+def plain_kind(layer: nn.Module) -> type[nn.Module]:
+    """The layer's class, or for a subclass that leaves the computation alone, the torch class that it computes as."""
+    for kind in _SUBCLASSED:
+        same = (getattr(type(layer), name, None) is getattr(kind, name, None) for name in ("forward", "_conv_forward"))
+        if isinstance(layer, kind) and all(same):
+            return kind
+    return type(layer)
 
 
 class _Tracer(fx.Tracer):
@@ -24,6 +46,9 @@ class _Tracer(fx.Tracer):
     def __init__(self) -> None:
         super().__init__()
         self.failed: tuple[str, str] | None = None
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        return plain_kind(m) in _SUBCLASSED or super().is_leaf_module(m, module_qualified_name)
 
     def call_module(self, m: nn.Module, forward: Any, args: Any, kwargs: Any) -> Any:
         try:
@@ -40,7 +65,7 @@ def trace(model: nn.Module) -> fx.Graph:
         UnsupportedLayerError: the forward code depends on values; names the module.
     """
     # Modules and buffers are copied, parameters (the bulk) are not.
-    copied = copy.deepcopy(model, {id(parameter): parameter for parameter in model.parameters()})
+    copied = copy_module(model, {id(parameter): parameter for parameter in model.parameters()})
     signature = inspect.signature(copied.forward)
     defaults = {name: p.default for name, p in signature.parameters.items() if p.default is not inspect.Parameter.empty}
     tracer = _Tracer()

@@ -1,0 +1,170 @@
+"""Schedules: epoch → fraction of the samples to train on, and which epochs start a new round.
+
+    epoch      0 … warmup−1 │ interval epochs │ interval epochs │ … │ the rest │ anneal epochs
+    round            –      │      k = 1      │      k = 2      │   │   k = K  │       –
+    fraction         1      │       γ_1       │       γ_2       │   │    γ_K   │       1
+
+There are K = ⌈(epochs − warmup − anneal) / interval⌉ rounds; the last may be shorter. γ_k falls, and γ_K is `final`.
+The warm-up gives the model a boundary worth measuring; the last stretch on everything removes the bias that selection
+leaves.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from functools import cached_property
+from numbers import Real
+from typing import Literal
+
+from dynams_stream.errors import UsageError
+from dynams_stream.selection import selected_count
+
+_SMALLEST_FINAL = 1e-6
+_DIGITS = 12
+"""Fractions are rounded to this many decimals, so that 0.7000000000000001 of 10 samples is 7 samples, not 8."""
+
+
+@dataclass(frozen=True)
+class Schedule(ABC):
+    """Base of all schedules; a subclass says how γ_k falls from 1 to `final`.
+
+    Args:
+        epochs: epochs of the whole run, numbered from 0.
+        warmup: first epochs that train on everything.
+        anneal: last epochs that train on everything.
+        interval: epochs of a round.
+        final: γ of the last round, in (0, 1].
+        budget: instead of `final`: the mean fraction over all epochs, warm-up and anneal included.
+
+    Raises:
+        UsageError: an argument is out of range; for a budget, the message names the attainable range.
+    """
+
+    epochs: int
+    warmup: int = 0
+    anneal: int = 0
+    interval: int = 1
+    final: float | None = None
+    budget: float | None = None
+
+    def __post_init__(self) -> None:
+        for name, least in (("epochs", 1), ("warmup", 0), ("anneal", 0), ("interval", 1)):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or value < least:
+                raise UsageError(f"{name} is {value!r}; a whole number of {least} or more is needed")
+        if self.warmup + self.anneal >= self.epochs:
+            raise UsageError(
+                f"warmup={self.warmup} and anneal={self.anneal} leave none of {self.epochs} epochs to select in; "
+                f"shorten them, or train without a schedule"
+            )
+        if (self.final is None) == (self.budget is None):
+            given = "both" if self.final is not None else "neither"
+            raise UsageError(f"give exactly one of final (last fraction) and budget (mean fraction); {given} given")
+        for name in ("final", "budget"):
+            value = getattr(self, name)
+            number = isinstance(value, Real) and not isinstance(value, bool)
+            if value is not None and not (number and 0 < value <= 1):
+                raise UsageError(f"{name} is {value!r}; a fraction in (0, 1] is needed")
+        if self.budget is not None:
+            self._require_attainable(self.budget)
+
+    @property
+    def rounds(self) -> int:
+        """K, the number of rounds."""
+        return -(-(self.epochs - self.warmup - self.anneal) // self.interval)
+
+    @cached_property
+    def last_fraction(self) -> float:
+        """γ_K: `final` as given, or solved for the budget."""
+        return self._solve(self.budget) if self.budget is not None else float(self.final or 0)
+
+    def fraction(self, epoch: int) -> float:
+        """Share of all samples that `epoch` trains on, in (0, 1], rounded to 12 decimals."""
+        if not self._selects(epoch):
+            return 1.0
+        number = (epoch - self.warmup) // self.interval + 1
+        if number == self.rounds:
+            return self.last_fraction
+        # `max`, because rounding must not make a tiny fraction 0
+        return max(self.last_fraction, round(self._fraction_of_round(number, self.last_fraction), _DIGITS))
+
+    def starts_round(self, epoch: int) -> bool:
+        """Whether a round has to be scored and selected before `epoch`."""
+        return self._selects(epoch) and (epoch - self.warmup) % self.interval == 0
+
+    def round(self, epoch: int) -> Literal["latest"] | None:
+        """What `epoch` streams: None (everything) in warm-up and anneal, else the newest round."""
+        return "latest" if self._selects(epoch) else None
+
+    def total_steps(self, samples: int, batch: int) -> int:
+        """Optimiser steps of the whole run, as learning-rate schedulers ask for.
+
+        Args:
+            samples: N, samples of the dataset.
+            batch: samples of a step over all ranks; an epoch's last, short batch counts as a step.
+        """
+        for name, value in (("samples", samples), ("batch", batch)):
+            if value < 1:
+                raise UsageError(f"{name} is {value!r}; at least 1 is needed")
+        counts = (selected_count(self.fraction(epoch), samples) for epoch in range(self.epochs))
+        return sum(-(-count // batch) for count in counts)
+
+    def mean_fraction(self) -> float:
+        """Mean of `fraction` over all epochs: what the run costs, against training on everything."""
+        return math.fsum(self.fraction(epoch) for epoch in range(self.epochs)) / self.epochs
+
+    @abstractmethod
+    def _fraction_of_round(self, number: int, final: float) -> float:
+        """γ_k for k = `number` in 1 … K, increasing with `final`."""
+
+    def _selects(self, epoch: int) -> bool:
+        if not 0 <= epoch < self.epochs:
+            raise UsageError(f"epoch is {epoch}; this schedule's epochs are 0 … {self.epochs - 1}")
+        return self.warmup <= epoch < self.epochs - self.anneal
+
+    # -- budget
+
+    def _mean(self, final: float) -> float:
+        """Mean fraction over all epochs of the schedule that ends at `final`."""
+        selecting = self.epochs - self.warmup - self.anneal
+        lengths = [min(self.interval, selecting - start) for start in range(0, selecting, self.interval)]
+        parts = [n * self._fraction_of_round(k, final) for k, n in enumerate(lengths, start=1)]
+        return math.fsum([*parts, self.warmup + self.anneal]) / self.epochs
+
+    def _require_attainable(self, budget: float) -> None:
+        least = self._mean(_SMALLEST_FINAL)
+        if budget < least:
+            raise UsageError(
+                f"budget={budget} cannot be reached: with epochs={self.epochs}, warmup={self.warmup}, "
+                f"anneal={self.anneal}, interval={self.interval} this schedule's mean fraction lies in "
+                f"[{math.ceil(least * 1e6) / 1e6}, 1]; shorten the warm-up or the anneal, or raise the budget"
+            )
+
+    def _solve(self, budget: float) -> float:
+        """The `final` whose mean fraction is `budget`, by bisection."""
+        low, high = _SMALLEST_FINAL, 1.0
+        while high - low > 1e-13:
+            middle = (low + high) / 2
+            if self._mean(middle) < budget:
+                low = middle
+            else:
+                high = middle
+        return round(high, _DIGITS)
+
+
+@dataclass(frozen=True)
+class PowerSchedule(Schedule):
+    """γ_k = (k + 1)^(−r) with r = −ln(final) / ln(K + 1): falls fast, then slowly; the authors' kind."""
+
+    def _fraction_of_round(self, number: int, final: float) -> float:
+        return float(final ** (math.log(number + 1) / math.log(self.rounds + 1)))
+
+
+@dataclass(frozen=True)
+class LinearSchedule(Schedule):
+    """γ_k = 1 − (1 − final) · k / K: falls by the same amount each round."""
+
+    def _fraction_of_round(self, number: int, final: float) -> float:
+        return 1 - (1 - final) * number / self.rounds
