@@ -1,1 +1,50 @@
-"""DynaMS stream: train on the part of a huge WebDataset that matters now."""
+"""DynaMS stream: train on the part of a huge WebDataset that matters now.
+
+The names below are the public ones; everything else may change. They are imported when they are first used, so that
+commands which need no torch start at once.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from dynams_stream.proxy import ParameterSharingProxy
+    from dynams_stream.schedule import LinearSchedule, PowerSchedule
+    from dynams_stream.scorer import ScorerSpec
+    from dynams_stream.selection import Selection
+    from dynams_stream.store import Round, Store
+    from dynams_stream.stream import SelectedDataset
+
+_MODULES = {
+    "LinearSchedule": "schedule",
+    "ParameterSharingProxy": "proxy",
+    "PowerSchedule": "schedule",
+    "Round": "store",
+    "ScorerSpec": "scorer",
+    "SelectedDataset": "stream",
+    "Selection": "selection",
+    "Store": "store",
+}
+
+__all__ = [
+    "LinearSchedule",
+    "ParameterSharingProxy",
+    "PowerSchedule",
+    "Round",
+    "ScorerSpec",
+    "SelectedDataset",
+    "Selection",
+    "Store",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"{__name__}.{_MODULES[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])

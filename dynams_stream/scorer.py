@@ -1,0 +1,282 @@
+"""ScorerSpec says by name how samples are scored; Scorer is the built thing, one per worker process.
+
+A spec is a recipe of plain values, so that it travels to workers and into `round.json`; workers import the callables
+it names and build the model there, once.
+"""
+
+from __future__ import annotations
+
+import importlib
+import io
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from dynams_stream.checkpoint import load_weights
+from dynams_stream.errors import HeadError, ModelError, SampleError, UsageError
+from dynams_stream.proxy import find_head, slim_architecture
+from dynams_stream.scores import BoundaryNorms, ScoreBatch, score_batch
+
+SCORES_VERSION = 1
+"""Raised when the same model and samples would get other scores; part of a score table's identity."""
+
+IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp", "bmp", "ppm", "pgm", "tif", "tiff", "gif")
+LABEL_EXTENSIONS = ("cls",)
+
+
+@dataclass(frozen=True)
+class ScorerSpec:
+    """How to score a dataset, as names and numbers.
+
+    Args:
+        model: `module:callable` that returns the full-width `nn.Module`.
+        input: extension of the image, several as `jpg;png`; None takes what the first shard shows.
+        label: extension that holds an integer, or `json:field`; None takes `cls` where the first shard has it;
+            "" scores without labels.
+        transform: `module:callable` from a `PIL.Image` to a tensor; None gives RGB, float32, channels first, in [0, 1].
+        width: the factor of the slim network that scores; 1 scores with the model itself.
+        head: name of the last linear layer, where it is not found by itself.
+        model_args: keyword arguments of the model's callable.
+        batch_size: samples per forward pass; it does not change what the scores mean.
+    """
+
+    model: str
+    input: str | None = None
+    label: str | None = None
+    transform: str | None = None
+    width: float = 1.0
+    head: str | None = None
+    model_args: Mapping[str, Any] = field(default_factory=dict)
+    batch_size: int = 256
+
+    def __post_init__(self) -> None:
+        if not 0 < self.width <= 1:
+            raise UsageError(f"width must be in (0, 1]; got {self.width}")
+        if self.batch_size < 1:
+            raise UsageError(f"batch_size must be at least 1; got {self.batch_size}")
+
+    def resolved(self, extensions: Sequence[str]) -> ScorerSpec:
+        """The spec with `input` and `label` settled by the extensions that a first sample shows.
+
+        Raises:
+            UsageError: when the input is neither given nor recognised.
+        """
+        settled = self
+        if settled.input is None:
+            found = [ext for ext in extensions if ext in IMAGE_EXTENSIONS]
+            if not found:
+                raise UsageError(
+                    f"no image among the extensions {list(extensions)} of the first sample; name it with --input"
+                )
+            settled = replace(settled, input=found[0])
+        if settled.label is None:
+            settled = replace(settled, label=next((ext for ext in extensions if ext in LABEL_EXTENSIONS), ""))
+        return settled
+
+    def identity(self) -> dict[str, Any]:
+        """What decides the scores, without what only decides how fast they come."""
+        fields = asdict(self)
+        del fields["batch_size"]
+        fields["model_args"] = dict(sorted(self.model_args.items()))
+        return {**fields, "scores_version": SCORES_VERSION}
+
+
+def load_callable(name: str, what: str) -> Callable[..., Any]:
+    """Import `module:callable`.
+
+    Raises:
+        UsageError: names what could not be imported and why.
+    """
+    module_name, _, attribute = name.partition(":")
+    if not module_name or not attribute:
+        raise UsageError(f"{what} is written module:callable, such as my_models:resnet18; got {name!r}")
+    try:
+        found: Any = importlib.import_module(module_name)
+        for step in attribute.split("."):
+            found = getattr(found, step)
+    except ImportError as error:
+        raise UsageError(
+            f"{what} {name!r}: cannot import {module_name!r} ({error}); "
+            f"run where the module lies, or install it for every worker"
+        ) from error
+    except AttributeError as error:
+        raise UsageError(f"{what} {name!r}: {error}") from error
+    if not callable(found):
+        raise UsageError(f"{what} {name!r} is a {type(found).__name__}, not a callable")
+    return found  # type: ignore[no-any-return]
+
+
+def default_transform(image: Image.Image) -> Tensor:
+    """RGB, float32, channels first, in [0, 1]: shape (3, height, width)."""
+    pixels = np.asarray(image.convert("RGB"), dtype=np.uint8)
+    return torch.from_numpy(pixels.copy()).permute(2, 0, 1).contiguous().float().div_(255)
+
+
+def build_network(spec: ScorerSpec, checkpoint: str | None) -> nn.Module:
+    """The network that scores: the factory's model, slimmed to `spec.width`, with the checkpoint's weights.
+
+    Raises:
+        ModelError: when the factory does not return a module.
+        CheckpointError: when the weights do not fit.
+    """
+    model = load_callable(spec.model, "--model")(**spec.model_args)
+    if not isinstance(model, nn.Module):
+        raise ModelError(f"--model {spec.model!r} returned a {type(model).__name__}, not an nn.Module")
+    network = model if spec.width == 1 else slim_architecture(model, spec.width, spec.head)
+    if checkpoint is not None:
+        load_weights(network, checkpoint, width=spec.width, head=spec.head)
+    return network.eval().requires_grad_(False)
+
+
+class Scorer:
+    """Decodes samples and scores batches with one network on one device.
+
+    Args:
+        spec: a resolved spec (`input` and `label` settled).
+        checkpoint: the weights, or None to score with the factory's own.
+        device: "cpu", "cuda:0", …
+
+    `prepare` may run in several threads at once; `score` runs in one.
+    """
+
+    def __init__(self, spec: ScorerSpec, checkpoint: str | None, device: str = "cpu"):
+        self.spec = spec
+        self.device = torch.device(device)
+        self.network = build_network(spec, checkpoint).to(self.device)
+        self.transform = default_transform if spec.transform is None else load_callable(spec.transform, "--transform")
+        self.inputs = tuple((spec.input or "").split(";"))
+        self.label_extension, _, self.label_field = (spec.label or "").partition(":")
+        self._head = _HeadTap(self.network, spec.head)
+        self._norms: BoundaryNorms | None = None
+
+    @property
+    def extensions(self) -> frozenset[str]:
+        """The members of a sample that scoring reads."""
+        return frozenset(ext for ext in (*self.inputs, self.label_extension) if ext)
+
+    def prepare(self, members: Mapping[str, bytes]) -> tuple[Tensor, int]:
+        """The input tensor of a sample and its label, -1 where it has none.
+
+        Raises:
+            SampleError: says what about the sample cannot be used.
+            UsageError: for labels that are not one integer per sample.
+        """
+        return self._input(members), self._label(members)
+
+    def _input(self, members: Mapping[str, bytes]) -> Tensor:
+        data = next((members[ext] for ext in self.inputs if ext in members), None)
+        if data is None:
+            raise SampleError(f"no member {self.spec.input!r}")
+        try:
+            with Image.open(io.BytesIO(data)) as image:
+                tensor = self.transform(image)
+        except Exception as error:  # decoders and users' transforms raise anything; the error names it
+            raise SampleError(f"cannot decode: {type(error).__name__}: {error}") from error
+        if not isinstance(tensor, Tensor):
+            raise UsageError(f"--transform {self.spec.transform!r} returned a {type(tensor).__name__}, not a tensor")
+        return tensor
+
+    def _label(self, members: Mapping[str, bytes]) -> int:
+        data = members.get(self.label_extension) if self.label_extension else None
+        if data is None:
+            return -1
+        if not self.label_field:
+            return _integer(data.decode("ascii", "replace").strip())
+        try:
+            value = json.loads(data)[self.label_field]
+        except (ValueError, KeyError, TypeError) as error:
+            raise SampleError(f"label {self.spec.label!r}: {type(error).__name__}: {error}") from error
+        if value is None:
+            return -1
+        if isinstance(value, (list, dict, float)):
+            raise UsageError(
+                f"label {self.spec.label!r} holds {value!r}: margins need one integer class per sample; "
+                f"multi-label and soft labels are not supported"
+            )
+        return _integer(value)
+
+    def score(self, inputs: Tensor, labels: Tensor) -> ScoreBatch:
+        """Score one batch.
+
+        Args:
+            inputs: (B, …) on any device.
+            labels: int64 (B,), -1 for samples without a label.
+
+        Raises:
+            HeadError: when the head's outputs are not one row of logits per sample.
+        """
+        with torch.inference_mode():
+            features = self._head.features(inputs.to(self.device, non_blocking=True))
+            weight, bias = self._head.parameters()
+            if self._norms is None:
+                self._norms = BoundaryNorms(weight)
+            logits = nn.functional.linear(features.float(), weight, bias)
+            return score_batch(logits, labels.to(self.device), self._norms)
+
+    @property
+    def classes(self) -> int:
+        """How many classes the head tells apart; known once a batch was scored."""
+        return int(self._head.parameters()[0].shape[0])
+
+
+def _integer(value: Any) -> int:
+    try:
+        label = int(value)
+    except (TypeError, ValueError) as error:
+        raise SampleError(f"label {value!r} is not an integer") from error
+    if label < 0:
+        raise SampleError(f"label {label} is negative")
+    return label
+
+
+class _HeadTap:
+    """Catches the features that go into the last linear layer."""
+
+    def __init__(self, network: nn.Module, name: str | None):
+        self._network = network
+        self._name = name
+        self._layer: nn.Linear | None = None
+        self._seen: Tensor | None = None
+
+    def features(self, inputs: Tensor) -> Tensor:
+        """(B, d) features h of a batch."""
+        if self._layer is None:
+            self._layer = self._find()
+            self._layer.register_forward_hook(self._catch)
+        self._seen = None
+        output = self._network(inputs)
+        if self._seen is None or self._seen.dim() != 2 or self._seen.shape[0] != inputs.shape[0]:
+            shape = None if self._seen is None else tuple(self._seen.shape)
+            raise HeadError(
+                f"the head saw features of shape {shape} for a batch of {inputs.shape[0]}; margins need one row of "
+                f"features per sample: name the classifier's last linear layer with --head"
+            )
+        if self._name is None and (not isinstance(output, Tensor) or output.shape[-1] != self._layer.out_features):
+            raise HeadError("the model's output does not come from its last linear layer; name it with --head")
+        return self._seen
+
+    def parameters(self) -> tuple[Tensor, Tensor | None]:
+        """Weight (C, d) and bias (C,) of the head in float32."""
+        layer = self._layer if self._layer is not None else self._find()
+        return layer.weight.float(), None if layer.bias is None else layer.bias.float()
+
+    def _find(self) -> nn.Linear:
+        name = find_head(self._network) if self._name is None else self._name
+        try:
+            layer = self._network.get_submodule(name)
+        except AttributeError as error:
+            raise HeadError(f"the model has no layer {name!r}; --head names its last linear layer") from error
+        if not isinstance(layer, nn.Linear):
+            raise HeadError(f"--head {name!r} is a {type(layer).__name__}; margins need the last nn.Linear")
+        if layer.out_features < 2:
+            raise HeadError(f"head {name!r} has a single logit; margins need at least two classes")
+        return layer
+
+    def _catch(self, layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        self._seen = inputs[0]

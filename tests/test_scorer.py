@@ -1,0 +1,169 @@
+"""Scorer: recipes become networks, samples become tensors, errors say what is wrong."""
+
+from __future__ import annotations
+
+import io
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import toy_models
+from dynams_stream.checkpoint import checkpoint_epoch, read_checkpoint, save_weights, weights_bytes
+from dynams_stream.errors import CheckpointError, HeadError, ModelError, SampleError, UsageError
+from dynams_stream.scorer import Scorer, ScorerSpec, build_network, default_transform, load_callable
+
+LINEAR = ScorerSpec(model="toy_models:linear", input="png", label="cls", transform="toy_models:gray")
+
+
+def png(pixels: np.ndarray) -> bytes:
+    file = io.BytesIO()
+    Image.fromarray(pixels).save(file, "PNG")
+    return file.getvalue()
+
+
+IMAGE = png(np.arange(64, dtype=np.uint8).reshape(8, 8) * 4)
+
+
+def test_scores_of_a_linear_model_are_those_of_the_definition() -> None:
+    scorer = Scorer(LINEAR, None)
+    tensor, label = scorer.prepare({"png": IMAGE, "cls": b"3"})
+    scores = scorer.score(tensor.unsqueeze(0), torch.tensor([label]))
+    layer = toy_models.linear()[1]
+    weight, bias = layer.weight.detach().double().numpy(), layer.bias.detach().double().numpy()
+    features = tensor.flatten().double().numpy()
+    logits = weight @ features + bias
+    predicted = int(logits.argmax())
+    distances = [
+        (logits[predicted] - logits[c]) / np.linalg.norm(weight[predicted] - weight[c])
+        for c in range(10)
+        if c != predicted
+    ]
+    margins = [(logits[3] - logits[c]) / np.linalg.norm(weight[3] - weight[c]) for c in range(10) if c != 3]
+    assert scores.predicted.item() == predicted
+    assert scores.distance.item() == pytest.approx(min(distances), rel=1e-5)
+    assert scores.margin.item() == pytest.approx(min(margins), rel=1e-5)
+    assert scores.loss.item() == pytest.approx(np.log(np.exp(logits - logits[3]).sum()), rel=1e-5)
+
+
+def test_default_transform_is_rgb_in_unit_range() -> None:
+    image = Image.fromarray(np.full((4, 6), 255, dtype=np.uint8))
+    tensor = default_transform(image)
+    assert tensor.shape == (3, 4, 6)
+    assert tensor.dtype == torch.float32
+    assert bool((tensor == 1).all())
+
+
+@pytest.mark.parametrize(
+    ("members", "message"),
+    [
+        ({"cls": b"1"}, "no member 'png'"),
+        ({"png": b"not an image", "cls": b"1"}, "cannot decode"),
+        ({"png": IMAGE, "cls": b"cat"}, "'cat' is not an integer"),
+        ({"png": IMAGE, "cls": b"-4"}, "-4 is negative"),
+    ],
+)
+def test_a_bad_sample_is_an_error_of_that_sample(members: dict[str, bytes], message: str) -> None:
+    with pytest.raises(SampleError, match=message):
+        Scorer(LINEAR, None).prepare(members)
+
+
+def test_labels_from_json_and_missing_labels() -> None:
+    scorer = Scorer(
+        ScorerSpec(model="toy_models:linear", input="png", label="json:y", transform="toy_models:gray"), None
+    )
+    assert scorer.prepare({"png": IMAGE, "json": b'{"y": 7}'})[1] == 7
+    assert scorer.prepare({"png": IMAGE, "json": b'{"y": null}'})[1] == -1
+    assert scorer.prepare({"png": IMAGE})[1] == -1
+    with pytest.raises(SampleError, match="json:y"):
+        scorer.prepare({"png": IMAGE, "json": b"{}"})
+
+
+@pytest.mark.parametrize("value", ["[1, 2]", "0.3", '{"a": 1}'])
+def test_multi_label_and_soft_labels_are_refused(value: str) -> None:
+    scorer = Scorer(
+        ScorerSpec(model="toy_models:linear", input="png", label="json:y", transform="toy_models:gray"), None
+    )
+    with pytest.raises(UsageError, match="one integer class per sample"):
+        scorer.prepare({"png": IMAGE, "json": f'{{"y": {value}}}'.encode()})
+
+
+def test_several_input_extensions_take_the_first_that_is_there() -> None:
+    spec = ScorerSpec(model="toy_models:linear", input="jpg;png", label="", transform="toy_models:gray")
+    tensor, label = Scorer(spec, None).prepare({"png": IMAGE, "cls": b"1"})
+    assert tensor.shape == (1, 8, 8)
+    assert label == -1
+
+
+def test_defaults_come_from_the_first_sample() -> None:
+    spec = ScorerSpec(model="toy_models:linear")
+    assert (spec.resolved(["json", "jpeg", "cls"]).input, spec.resolved(["jpeg", "cls"]).label) == ("jpeg", "cls")
+    assert spec.resolved(["png", "json"]).label == ""
+    with pytest.raises(UsageError, match="no image among the extensions"):
+        spec.resolved(["txt", "cls"])
+
+
+def test_models_that_cannot_score_are_refused() -> None:
+    with pytest.raises(ModelError, match="returned a str"):
+        build_network(ScorerSpec(model="toy_models:not_a_module"), None)
+    with pytest.raises(HeadError, match="at least two classes"):
+        Scorer(ScorerSpec(model="toy_models:single_logit", input="png", transform="toy_models:gray"), None).classes  # noqa: B018
+    scorer = Scorer(ScorerSpec(model="toy_models:linear", head="9", input="png"), None)
+    with pytest.raises(HeadError, match="no layer '9'"):
+        scorer.score(torch.zeros(1, 1, 8, 8), torch.tensor([0]))
+    with pytest.raises(UsageError, match="not a tensor"):
+        Scorer(ScorerSpec(model="toy_models:linear", input="png", transform="toy_models:wrong_type"), None).prepare(
+            {"png": IMAGE}
+        )
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [("nocolon", "module:callable"), ("no_such_module:x", "cannot import"), ("toy_models:nope", "nope")],
+)
+def test_names_that_cannot_be_imported(name: str, message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        load_callable(name, "--model")
+
+
+def test_checkpoints_are_loaded_strictly(tmp_path: object) -> None:
+    path = f"{tmp_path}/model.pt"
+    model = toy_models.linear(seed=5)
+    torch.save(model.state_dict(), path)
+    assert torch.equal(build_network(LINEAR, path)[1].weight, model[1].weight)
+    torch.save({f"module.{name}": tensor for name, tensor in model.state_dict().items()}, path)
+    assert torch.equal(build_network(LINEAR, path)[1].weight, model[1].weight)
+    torch.save({"1.weight": model[1].weight.detach()}, path)
+    with pytest.raises(CheckpointError, match=r"missing 1\.bias"):
+        build_network(LINEAR, path)
+    torch.save(toy_models.linear(classes=4).state_dict(), path)
+    with pytest.raises(CheckpointError, match=r"1\.weight has shape \(4, 64\)"):
+        build_network(LINEAR, path)
+    torch.save({"model": model}, path)
+    with pytest.raises(CheckpointError, match="not a plain state dict"):
+        build_network(LINEAR, path)
+    with pytest.raises(CheckpointError, match="no such checkpoint"):
+        build_network(LINEAR, f"{tmp_path}/none.pt")
+
+
+def test_spec_identity_leaves_out_only_what_does_not_change_scores() -> None:
+    spec = ScorerSpec(model="toy_models:linear", batch_size=8)
+    assert spec.identity() == ScorerSpec(model="toy_models:linear", batch_size=64).identity()
+    assert spec.identity() != ScorerSpec(model="toy_models:linear", width=0.5).identity()
+    with pytest.raises(UsageError, match="width"):
+        ScorerSpec(model="a:b", width=0)
+
+
+def test_equal_weights_make_equal_files(tmp_path: object) -> None:
+    metadata = {"width": "1.0", "head": "1", "epoch": "3", "format": "x", "classes": "10"}
+    files = [
+        weights_bytes(toy_models.linear(), dict(order)) for order in (metadata.items(), reversed(metadata.items()))
+    ]
+    assert files[0] == files[1]
+    path = f"{tmp_path}/weights.safetensors"
+    save_weights(toy_models.linear(seed=3), path, metadata)
+    tensors, found = read_checkpoint(path)
+    assert found == metadata
+    assert torch.equal(tensors["1.weight"], toy_models.linear(seed=3)[1].weight)
+    assert checkpoint_epoch(path) == 3

@@ -1,0 +1,73 @@
+"""Models and transforms that tests and their worker processes import by name."""
+
+from __future__ import annotations
+
+import time
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+
+def linear(seed: int = 0, classes: int = 10, pixels: int = 64, equal_rows: bool = False) -> nn.Module:
+    """One linear layer on the pixels: its features are the image itself, so every score is known by hand."""
+    generator = torch.Generator().manual_seed(seed)
+    layer = nn.Linear(pixels, classes)
+    with torch.no_grad():
+        layer.weight.copy_(torch.randn(classes, pixels, generator=generator))
+        layer.bias.copy_(torch.randn(classes, generator=generator))
+        if equal_rows:
+            layer.weight[:] = layer.weight[0]
+    return nn.Sequential(nn.Flatten(), layer)
+
+
+def small_cnn(width: int = 8) -> nn.Module:
+    """Two convolutions with batch normalisation."""
+    return nn.Sequential(
+        nn.Conv2d(1, width, 3, padding=1), nn.BatchNorm2d(width), nn.ReLU(),
+        nn.Conv2d(width, 2 * width, 3, stride=2, padding=1), nn.BatchNorm2d(2 * width), nn.ReLU(),
+        nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(2 * width, 10),
+    )  # fmt: skip
+
+
+def broken(**arguments: object) -> nn.Module:
+    """Gives NaN for everything."""
+    model = linear()
+    with torch.no_grad():
+        model[1].weight.fill_(float("nan"))
+    return model
+
+
+def single_logit() -> nn.Module:
+    """A head with one output."""
+    return nn.Sequential(nn.Flatten(), nn.Linear(64, 1))
+
+
+def not_a_module() -> str:
+    """What --model must not return."""
+    return "resnet"
+
+
+def gray(image: Image.Image) -> Tensor:
+    """(1, height, width) float32 in [0, 1]."""
+    return torch.from_numpy(np.asarray(image.convert("L"), dtype=np.float32) / 255).unsqueeze(0)
+
+
+def picky(image: Image.Image) -> Tensor:
+    """Refuses images whose first pixels are dark in a certain way, as a broken transform would."""
+    tensor = gray(image)
+    if tensor[0, 2, 2] > 0.9:
+        raise ValueError("too bright")
+    return tensor
+
+
+def wrong_type(image: Image.Image) -> list[int]:
+    """Not a tensor."""
+    return [1, 2]
+
+
+def slow_gray(image: Image.Image) -> Tensor:
+    """As `gray`, but slow enough for a test to kill the job in the middle."""
+    time.sleep(0.004)
+    return gray(image)
