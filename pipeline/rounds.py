@@ -1,0 +1,384 @@
+"""run_round: score, select, publish. The one function behind the training loop, the command line and scheduled jobs."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import tempfile
+import time
+import uuid
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+from distributed import Client, as_completed
+from distributed.scheduler import KilledWorker
+from torch import nn
+
+from dynams_stream import schema, storage
+from dynams_stream.checkpoint import checkpoint_digest, checkpoint_epoch, save_weights
+from dynams_stream.errors import DynamsError, ModelError, ScoringError, ShardError
+from dynams_stream.index import read_shard_index
+from dynams_stream.proxy import ParameterSharingProxy
+from dynams_stream.scorer import ScorerSpec, build_network
+from dynams_stream.store import Dataset, Round, Store
+from pipeline.cluster import available_cores, dask_client, worker_threads
+from pipeline.pending import finished_parts, scored_round
+from pipeline.score_job import PartTask, Receipt, part_tasks, score_part
+from pipeline.select_job import select_round
+
+logger = logging.getLogger(__name__)
+
+Progress = Callable[["ScoreProgress"], None]
+
+
+@dataclass(frozen=True)
+class ScoreProgress:
+    """How far a scoring job is.
+
+    Attributes:
+        samples: samples of the dataset.
+        done: samples scored so far, those of an earlier run included.
+        failed: how many of them have no score.
+        resumed: samples that an earlier run had scored.
+        seconds: read, decode, forward, write so far, thread seconds of this run.
+    """
+
+    samples: int
+    done: int
+    failed: int
+    resumed: int
+    seconds: Mapping[str, float]
+
+
+@dataclass(frozen=True)
+class ScoredRound:
+    """Complete score tables.
+
+    Attributes:
+        number: the round they lie in; it is published once a selection is cut.
+        spec: the scorer with input and label settled.
+        samples, failed: lines, and how many of them have no score.
+        parts, resumed_parts: how many tables, and how many an earlier run had written.
+        seconds: read, decode, forward, write of this run, thread seconds.
+        wall_seconds: how long this run took.
+        errors: the first failed samples.
+    """
+
+    number: int
+    spec: ScorerSpec
+    samples: int
+    failed: int
+    parts: int
+    resumed_parts: int
+    seconds: Mapping[str, float]
+    wall_seconds: float
+    errors: tuple[str, ...]
+
+
+def run_round(
+    store: Store | str | os.PathLike[str],
+    scorer: ScorerSpec,
+    *,
+    fraction: float | str,
+    strategy: str = "distance",
+    weights: nn.Module | str | os.PathLike[str] | None = None,
+    epoch: int | None = None,
+    client: Client | None = None,
+    scheduler: str | None = None,
+    workers: int | None = None,
+    device: str = "cpu",
+    max_errors: int | None = None,
+    progress: Progress | None = None,
+    deadline: float = 6 * 3600,
+) -> Round:
+    """Score the whole dataset with the current weights, select, and publish the round.
+
+    Args:
+        store: an indexed store.
+        scorer: how to score.
+        fraction: γ, the selected part of all samples.
+        strategy: an expression over score columns; the smallest values are selected.
+        weights: a `ParameterSharingProxy`, a plain module (for `width=1`) or a checkpoint's path. A module is saved
+            into the store first. None uses the weights that the model's callable makes.
+        epoch: recorded with the round.
+        client: a Dask client; without one a local cluster sized to the machine is started.
+        scheduler, workers, device: see `pipeline.cluster.dask_client`.
+        max_errors: failed samples that are too many; by default 1 % of the dataset, at least 10.
+        progress: called after every part.
+        deadline: under `torch.distributed`, seconds the other ranks wait for rank 0.
+
+    Under `torch.distributed` all ranks call it; rank 0 works, the others wait on the store, not in a collective.
+
+    Raises:
+        DynamsError: of the step that failed; what was scored is kept, and the same call goes on from there.
+    """
+    store = store if isinstance(store, Store) else Store(store)
+
+    def work() -> Round:
+        checkpoint = save_module(store, scorer, weights, epoch)
+        scored = score_round(
+            store, scorer, checkpoint=checkpoint, epoch=epoch, client=client, scheduler=scheduler,
+            workers=workers, device=device, max_errors=max_errors, progress=progress,
+        )  # fmt: skip
+        return select_round(store, fraction=fraction, strategy=strategy, scores_of=scored.number, workers=workers).round
+
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        return _on_rank_zero(store, work, deadline)
+    return work()
+
+
+def score_round(
+    store: Store,
+    scorer: ScorerSpec,
+    *,
+    checkpoint: str,
+    epoch: int | None = None,
+    client: Client | None = None,
+    scheduler: str | None = None,
+    workers: int | None = None,
+    device: str = "cpu",
+    max_errors: int | None = None,
+    progress: Progress | None = None,
+) -> ScoredRound:
+    """Write the score tables of one round: only those that are missing.
+
+    The identity (dataset, scorer, checkpoint's SHA-256) decides: tables of the same identity are continued or found
+    complete, another identity opens the next round. Arguments as for `run_round`.
+
+    Raises:
+        ScoringError: when parts failed, or too many samples did; finished parts are kept.
+    """
+    began = time.perf_counter()
+    dataset = store.dataset()
+    spec = scorer.resolved(first_extensions(store, dataset))
+    sha256 = checkpoint_digest(checkpoint)
+    identity = round_identity(dataset, spec, sha256)
+    number = scored_round(store, identity)
+    if number is None:
+        number = store.claim_round(identity)
+    storage.remove_leftovers(store.path(schema.scores_folder(number)))
+    receipts = {part: done.receipt for part, done in finished_parts(store, number).items() if done.identity == identity}
+    resumed = dict(receipts)
+    provenance = {
+        "checkpoint": checkpoint,
+        "epoch": epoch if epoch is not None else checkpoint_epoch(checkpoint),
+        "started": datetime.now(UTC).isoformat(timespec="seconds"),
+    }
+    tasks = part_tasks(store, dataset, number, spec, checkpoint, sha256, identity, provenance, device)
+    pending = [task for task in tasks if task.part.number not in receipts]
+    limit = max_errors if max_errors is not None else max(10, dataset.samples // 100)
+    if pending:
+        local_workers = workers if workers is not None or device != "cpu" else min(available_cores(), len(pending))
+        with dask_client(client, scheduler=scheduler, workers=local_workers, device=device) as connected:
+            for receipt in _run_parts(connected, pending):
+                receipts[receipt.part] = receipt
+                if progress is not None:
+                    progress(_progress(dataset, receipts, resumed))
+                _check_failures(store, receipts, limit)
+    _check_counts(dataset, receipts)
+    _check_failures(store, receipts, limit)
+    fresh = [receipt for part, receipt in receipts.items() if part not in resumed]
+    return ScoredRound(
+        number=number,
+        spec=spec,
+        samples=dataset.samples,
+        failed=sum(receipt.failed for receipt in receipts.values()),
+        parts=len(dataset.parts),
+        resumed_parts=len(resumed),
+        seconds=_sum_seconds(fresh),
+        wall_seconds=time.perf_counter() - began,
+        errors=_first_errors(receipts),
+    )
+
+
+def round_identity(dataset: Dataset, spec: ScorerSpec, checkpoint_sha256: str) -> dict[str, Any]:
+    """What decides the content of score tables; equal identities give equal tables."""
+    identity = {
+        "dataset": {"version": dataset.version, "digest": dataset.digest},
+        "scorer": spec.identity(),
+        "checkpoint": checkpoint_sha256,
+    }
+    return json.loads(json.dumps(identity, sort_keys=True))  # type: ignore[no-any-return]
+
+
+def first_extensions(store: Store, dataset: Dataset) -> tuple[str, ...]:
+    """The extensions of the dataset's first sample; they settle the scorer's defaults."""
+    for part in dataset.parts:
+        for shard in range(part.first_shard, part.first_shard + part.shards):
+            if dataset.counts[shard]:
+                index = read_shard_index(store.path(part.index_file), shard)
+                return tuple(ext for ext, _, _ in index.members(0))
+    raise ScoringError(f"{store.url}: the dataset has no samples")
+
+
+# ---- weights ---------------------------------------------------------------------------------------------------------
+
+
+def save_module(
+    store: Store, spec: ScorerSpec, weights: nn.Module | str | os.PathLike[str] | None, epoch: int | None
+) -> str:
+    """The checkpoint's path: the one given, or the module's weights saved into the store under their digest.
+
+    Raises:
+        ModelError: when the module and the scorer's width do not go together.
+    """
+    if isinstance(weights, (str, os.PathLike)):
+        return storage.absolute(weights)
+    module = build_network(spec, None) if weights is None else getattr(weights, "module", weights)
+    with tempfile.TemporaryDirectory() as folder:
+        path = str(Path(folder) / "weights.safetensors")
+        if isinstance(module, ParameterSharingProxy):
+            if spec.width == 1:
+                save_weights(module.model, path, _metadata(epoch))
+            elif module.width == spec.width:
+                module.save(path, epoch=epoch)
+            else:
+                raise ModelError(f"the proxy has width {module.width}, the scorer asks for {spec.width}")
+        elif spec.width == 1 or weights is None:
+            save_weights(module, path, _metadata(epoch))
+        else:
+            raise ModelError(
+                f"a scorer of width {spec.width} needs the weights of a ParameterSharingProxy; "
+                f"got a {type(module).__name__}. Pass the proxy, or score with width=1"
+            )
+        data = Path(path).read_bytes()
+    url = store.path(f"{schema.WEIGHTS_FOLDER}/{hashlib.sha256(data).hexdigest()[:16]}.safetensors")
+    if not storage.exists(url):
+        storage.write_bytes(url, data)
+    return url
+
+
+def _metadata(epoch: int | None) -> dict[str, str]:
+    return {"format": "dynams-full", "width": "1.0", **({} if epoch is None else {"epoch": str(epoch)})}
+
+
+# ---- running parts ---------------------------------------------------------------------------------------------------
+
+
+def _run_parts(client: Client, pending: list[PartTask]) -> Iterator[Receipt]:
+    """Receipts as parts finish, with as many parts in flight as the cluster runs at once.
+
+    A shard that cannot be read fails its part alone: the others are finished first. A part whose worker died is run
+    once more, alone, before it is given up: Dask blames every task that the worker held.
+    """
+    waiting = iter(pending)
+    failed: list[str] = []
+    died: list[PartTask] = []
+    attempt = uuid.uuid4().hex[:8]
+    running: dict[str, PartTask] = {}
+
+    def submit(task: PartTask, lane: str = "") -> Any:
+        key = f"score-{task.number:06d}-{task.part.number:06d}-{attempt}{lane}"
+        running[key] = task
+        return client.submit(score_part, task, key=key, pure=False)
+
+    window = worker_threads(client)
+    queue = as_completed([submit(task) for task in islice(waiting, window)], loop=client.loop)
+    for future in queue:
+        task = running.pop(future.key)
+        error = future.exception()
+        if error is None:
+            yield future.result()
+        elif isinstance(error, KilledWorker):
+            died.append(task)
+        elif isinstance(error, ShardError):
+            failed.append(f"part {task.part.number}: {error}")
+        else:
+            raise _as_dynams_error(task, error)
+        future.release()
+        following = next(waiting, None)
+        if following is not None:
+            queue.add(submit(following))
+    for task in died:
+        error = (future := submit(task, "-alone")).exception()
+        if error is None:
+            yield future.result()
+        else:
+            failed.append(f"part {task.part.number}: its worker died twice ({error})")
+    if failed:
+        shown = "\n  ".join(failed[:50])
+        raise ScoringError(
+            f"{len(failed)} of {len(pending)} parts could not be scored:\n  {shown}\n"
+            f"the others are done and kept; mend these and run the same command again"
+        )
+
+
+def _as_dynams_error(task: PartTask, error: BaseException) -> DynamsError:
+    if isinstance(error, DynamsError):
+        return error
+    return ScoringError(f"part {task.part.number} failed: {type(error).__name__}: {error}")
+
+
+def _check_failures(store: Store, receipts: Mapping[int, Receipt], limit: int) -> None:
+    failed = sum(receipt.failed for receipt in receipts.values())
+    samples = sum(receipt.samples for receipt in receipts.values())
+    if failed > limit or (failed and failed == samples):
+        shown = "\n  ".join(_first_errors(receipts))
+        raise ScoringError(
+            f"{store.url}: {failed} of {samples} samples failed, {limit} are allowed (--max-errors):\n  {shown}"
+        )
+
+
+def _check_counts(dataset: Dataset, receipts: Mapping[int, Receipt]) -> None:
+    found = sum(receipt.samples for receipt in receipts.values())
+    if found != dataset.samples or len(receipts) != len(dataset.parts):
+        raise ScoringError(
+            f"{found} lines in {len(receipts)} tables for {dataset.samples} samples in {len(dataset.parts)} parts; "
+            f"run the same command again"
+        )
+
+
+def _first_errors(receipts: Mapping[int, Receipt]) -> tuple[str, ...]:
+    return tuple(error for part in sorted(receipts) for error in receipts[part].errors)[:20]
+
+
+def _sum_seconds(receipts: list[Receipt]) -> dict[str, float]:
+    totals = {"read": 0.0, "decode": 0.0, "forward": 0.0, "write": 0.0}
+    for receipt in receipts:
+        for name, seconds in receipt.seconds.items():
+            totals[name] += seconds
+    return totals
+
+
+def _progress(dataset: Dataset, receipts: Mapping[int, Receipt], resumed: Mapping[int, Receipt]) -> ScoreProgress:
+    return ScoreProgress(
+        samples=dataset.samples,
+        done=sum(receipt.samples for receipt in receipts.values()),
+        failed=sum(receipt.failed for receipt in receipts.values()),
+        resumed=sum(receipt.samples for receipt in resumed.values()),
+        seconds=_sum_seconds([receipt for part, receipt in receipts.items() if part not in resumed]),
+    )
+
+
+# ---- several ranks ---------------------------------------------------------------------------------------------------
+
+
+def _on_rank_zero(store: Store, work: Callable[[], Round], deadline: float) -> Round:
+    """Rank 0 works and leaves the outcome in the store; the others poll for it, so that no collective times out."""
+    token: list[str] = [uuid.uuid4().hex]
+    torch.distributed.broadcast_object_list(token, src=0)
+    outcome = store.path(f"{schema.CALLS_FOLDER}/{token[0]}.json")
+    if torch.distributed.get_rank() == 0:
+        try:
+            made = work()
+        except BaseException as error:
+            storage.write_bytes(outcome, json.dumps({"error": f"{type(error).__name__}: {error}"}).encode())
+            raise
+        storage.write_bytes(outcome, json.dumps({"round": made.number}).encode())
+        return made
+    until = time.monotonic() + deadline
+    while time.monotonic() < until:
+        if storage.exists(outcome):
+            answer = json.loads(storage.read_bytes(outcome))
+            if "error" in answer:
+                raise ScoringError(f"rank 0 could not make the round: {answer['error']}")
+            return store.round(answer["round"])
+        time.sleep(0.2)
+    raise ScoringError(f"rank 0 made no round within {deadline:.0f} s; look at its log")

@@ -1,0 +1,52 @@
+"""Fixtures that several test files share: a small real dataset and a real Dask cluster, each made once a session."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from distributed import Client
+
+from dynams_stream.store import Store
+from pipeline.cluster import dask_client
+from pipeline.index_job import build_index
+from pipeline.shards import open_source, write_shards
+
+torch.set_num_threads(1)
+
+SHARED_DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
+
+
+@pytest.fixture(scope="session")
+def mnist_root() -> Path:
+    """The folder with MNIST; in continuous integration it must be there."""
+    if not (SHARED_DATA / "MNIST").is_dir():
+        if os.environ.get("CI"):
+            pytest.fail(f"{SHARED_DATA} holds no MNIST")
+        pytest.skip(f"{SHARED_DATA} holds no MNIST")
+    return SHARED_DATA
+
+
+@pytest.fixture(scope="session")
+def digit_shards(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """scikit-learn's 1,437 training digits in 15 shards."""
+    folder = tmp_path_factory.mktemp("digits")
+    return write_shards(open_source("digits", "", "train"), folder, prefix="train", samples_per_shard=100)
+
+
+@pytest.fixture
+def digit_store(digit_shards: list[str], tmp_path: Path) -> Store:
+    """A fresh store with the digits indexed."""
+    store = Store(tmp_path / "store")
+    build_index(store, digit_shards)
+    return store
+
+
+@pytest.fixture(scope="session")
+def client() -> Iterator[Client]:
+    """A client of a real local cluster with two worker processes."""
+    with dask_client(workers=2) as connected:
+        yield connected

@@ -1,0 +1,128 @@
+"""run_round: the one function behind the training loop, the command line and scheduled jobs."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from distributed import Client
+from torch.utils.data import DataLoader
+
+import toy_models
+from dynams_stream import ParameterSharingProxy, ScorerSpec, SelectedDataset, Store, schema
+from dynams_stream.errors import ModelError, RoundExistsError
+from pipeline import run_round
+from pipeline.rounds import ScoreProgress
+from pipeline.select_job import select_round
+
+SLIM = ScorerSpec(model="toy_models:small_cnn", input="png", label="cls", transform="toy_models:gray", width=0.5)
+FULL = ScorerSpec(model="toy_models:small_cnn", input="png", label="cls", transform="toy_models:gray")
+
+
+@pytest.fixture
+def network() -> ParameterSharingProxy:
+    torch.manual_seed(0)
+    return ParameterSharingProxy(toy_models.small_cnn(), width=0.5)
+
+
+def test_a_proxy_makes_a_round_that_the_loader_takes_up(
+    digit_store: Store, network: ParameterSharingProxy, client: Client
+) -> None:
+    seen: list[ScoreProgress] = []
+    dataset = SelectedDataset(digit_store, batch_size=50)
+    dataset.set_epoch(0)
+    assert len(dataset) == 1437
+    made = run_round(digit_store, SLIM, weights=network, fraction=0.25, epoch=7, client=client, progress=seen.append)
+    assert (made.number, made.epoch, made.fraction) == (1, 7, 0.25)
+    assert made.counts["selected"] == 360
+    assert seen[-1].done == seen[-1].samples == 1437
+    assert made.manifest["checkpoint"]["path"].startswith(digit_store.path(schema.WEIGHTS_FOLDER))
+    assert made.manifest["scorer"]["width"] == 0.5
+    dataset.set_epoch(1)
+    streamed = {(sample["__url__"], sample["__row__"]) for sample in dataset}
+    urls, selection = digit_store.dataset().urls, made.selection()
+    assert streamed == {(urls[shard], int(row)) for shard in range(15) for row in selection.rows(shard)}
+    assert len(streamed) == 360
+    assert len(list(DataLoader(dataset.to_tuple("cls"), batch_size=50))) == 8
+
+
+def test_the_same_call_again_gives_the_same_round(
+    digit_store: Store, network: ParameterSharingProxy, client: Client
+) -> None:
+    first = run_round(digit_store, SLIM, weights=network, fraction=0.25, client=client)
+    assert run_round(digit_store.url, SLIM, weights=network, fraction=0.25, client=client).number == first.number
+    assert len(digit_store.rounds()) == 1
+
+
+def test_full_models_paths_and_factories(
+    digit_store: Store, network: ParameterSharingProxy, client: Client, tmp_path: Path
+) -> None:
+    by_model = run_round(digit_store, FULL, weights=network.model, fraction=0.5, client=client)
+    path = tmp_path / "model.pt"
+    torch.save(network.model.state_dict(), path)
+    by_path = run_round(digit_store, FULL, weights=path, fraction=0.5, client=client)
+    by_proxy = run_round(digit_store, FULL, weights=network, fraction=0.5, client=client)
+    assert by_model.number == by_proxy.number
+    assert by_path.manifest["selection"] == by_model.manifest["selection"]
+    linear = ScorerSpec(model="toy_models:linear", input="png", transform="toy_models:gray")
+    assert run_round(digit_store, linear, fraction=0.5, client=client).counts["scored"] == 1437
+    with pytest.raises(ModelError, match="needs the weights of a ParameterSharingProxy"):
+        run_round(digit_store, SLIM, weights=network.model, fraction=0.5, client=client)
+    with pytest.raises(ModelError, match=r"width 0\.25, the scorer asks for 0\.5"):
+        run_round(
+            digit_store,
+            SLIM,
+            weights=ParameterSharingProxy(toy_models.small_cnn(), width=0.25),
+            fraction=1,
+            client=client,
+        )
+
+
+def test_of_two_publishers_one_fails_and_the_round_stays(
+    digit_store: Store, network: ParameterSharingProxy, client: Client
+) -> None:
+    made = run_round(digit_store, SLIM, weights=network, fraction=0.25, client=client)
+    with pytest.raises(RoundExistsError, match="published by another job"):
+        digit_store.publish(made.number, {**made.manifest, "fraction": 0.9})
+    assert digit_store.round(made.number).fraction == 0.25
+
+
+RANKS = """
+import json, sys, torch, torch.distributed as dist, toy_models
+from dynams_stream import ScorerSpec
+from pipeline import run_round
+dist.init_process_group("gloo", init_method=sys.argv[3], rank=int(sys.argv[1]), world_size=2)
+torch.manual_seed(0)
+spec = ScorerSpec(model="toy_models:linear", input=sys.argv[4], transform="toy_models:gray")
+try:
+    made = run_round(sys.argv[2], spec, weights=toy_models.linear(), fraction=0.1, workers=1, deadline=100)
+    print(json.dumps({"round": made.number, "selected": made.counts["selected"]}))
+except Exception as error:
+    print(json.dumps({"error": f"{type(error).__name__}: {error}"}))
+dist.destroy_process_group()
+"""
+
+
+@pytest.mark.parametrize("extension", ["png", "jpg"])
+def test_ranks_wait_on_the_store_and_agree(digit_store: Store, tmp_path: Path, extension: str) -> None:
+    script, rendezvous = tmp_path / "rank.py", f"file://{tmp_path}/rendezvous"
+    script.write_text(RANKS)
+    environment = {"PYTHONPATH": ":".join([str(Path(__file__).parent), *sys.path]), "PATH": "/usr/bin:/bin"}
+    processes = [
+        subprocess.Popen(
+            [sys.executable, script, str(rank), digit_store.url, rendezvous, extension],
+            stdout=subprocess.PIPE, text=True, env=environment,
+        )
+        for rank in range(2)
+    ]  # fmt: skip
+    answers = [json.loads(process.communicate(timeout=150)[0].strip().splitlines()[-1]) for process in processes]
+    if extension == "png":
+        assert answers == [{"round": 1, "selected": 144}] * 2
+        assert select_round(digit_store, fraction=0.1).published is False
+    else:
+        assert "1437 of 1437 samples failed" in answers[0]["error"] or "samples failed" in answers[0]["error"]
+        assert "rank 0 could not make the round: ScoringError" in answers[1]["error"]

@@ -1,0 +1,126 @@
+"""Selecting: against a full sort, the same bytes for any number of workers, and what is published when."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from distributed import Client
+
+import toy_models
+from dynams_stream import ScorerSpec, Store, schema
+from dynams_stream.errors import RoundNotFoundError, ScoresIncompleteError, StoreError, UsageError
+from pipeline.rounds import score_round
+from pipeline.select_job import select_round
+
+LINEAR = ScorerSpec(model="toy_models:linear", input="png", label="cls", transform="toy_models:gray")
+
+
+@pytest.fixture
+def scored(digit_store: Store, client: Client, tmp_path: Path) -> Store:
+    path = tmp_path / "linear.pt"
+    torch.save(toy_models.linear().state_dict(), path)
+    score_round(digit_store, LINEAR, checkpoint=str(path), epoch=4, client=client)
+    return digit_store
+
+
+def chosen(store: Store, number: int) -> set[tuple[int, int]]:
+    selection = store.round(number).selection()
+    return {(shard, int(row)) for shard in range(len(selection.counts)) for row in selection.rows(shard)}
+
+
+@pytest.mark.parametrize(("strategy", "key"), [("distance", "distance"), ("abs(margin)", "margin"), ("-loss", "loss")])
+def test_the_selection_is_the_head_of_a_full_sort(scored: Store, strategy: str, key: str) -> None:
+    published = select_round(scored, fraction=0.3, strategy=strategy).round
+    table = published.scores().to_table()
+    values = table[key].to_numpy()
+    values = {"distance": values, "abs(margin)": np.abs(values), "-loss": -values}[strategy]
+    shards, rows = table["shard"].to_numpy(), table["row"].to_numpy()
+    order = np.lexsort((rows, shards, values))[: math.ceil(0.3 * 1437)]
+    assert chosen(scored, published.number) == set(zip(shards[order].tolist(), rows[order].tolist(), strict=True))
+    manifest = published.manifest
+    assert manifest["threshold"] == pytest.approx(float(values[order[-1]]))
+    assert manifest["counts"] == {"all": 1437, "scored": 1437, "failed": 0, "selected": 432}
+    assert sum(counts["selected"] for counts in manifest["classes"].values()) == 432
+    assert (manifest["epoch"], manifest["status"], manifest["scores_of"]) == (4, "complete", None)
+    assert manifest["scorer"]["model"] == "toy_models:linear"
+    assert set(manifest["seconds"]) == {"read", "decode", "forward", "write"}
+
+
+def test_any_number_of_workers_gives_the_same_bytes(scored: Store) -> None:
+    files = []
+    for workers in (1, 2, 4):
+        made = select_round(scored, fraction=f"0.2{'0' * workers}", workers=workers)
+        if not made.published:  # the same decimal: cut again into a round of its own
+            manifest = Path(scored.path(schema.manifest_path(made.round.number)))
+            manifest.unlink()
+            made = select_round(scored, fraction="0.2", workers=workers)
+        files.append(Path(scored.path(schema.selection_path(made.round.number))).read_bytes())
+    assert files[0] == files[1] == files[2]
+
+
+def test_the_same_parameters_find_their_round_and_others_reuse_its_scores(scored: Store) -> None:
+    first = select_round(scored, fraction=0.3)
+    assert (first.round.number, first.published) == (1, True)
+    again = select_round(scored, fraction="0.30")
+    assert (again.round.number, again.published) == (1, False)
+    other = select_round(scored, fraction=0.1)
+    assert (other.round.number, other.published, other.round.manifest["scores_of"]) == (2, True, 1)
+    assert select_round(scored, fraction=0.1).published is False
+    assert select_round(scored, fraction=0.1, scores_of=2).round.number == 2
+    assert other.round.scores().count_rows() == 1437
+    assert chosen(scored, 2) < chosen(scored, 1)
+    assert scored.round("latest").number == 2
+
+
+def test_a_random_selection_needs_no_scores(digit_store: Store) -> None:
+    first = select_round(digit_store, fraction=0.5, strategy="random:3").round
+    assert first.counts["selected"] == 719
+    assert select_round(digit_store, fraction=0.5, strategy="random:3").published is False
+    other = select_round(digit_store, fraction=0.5, strategy="random:4").round
+    assert chosen(digit_store, first.number) != chosen(digit_store, other.number)
+    with pytest.raises(StoreError, match="has no score tables"):
+        first.scores()
+
+
+def test_an_interrupted_selection_is_taken_up_again(scored: Store) -> None:
+    made = select_round(scored, fraction=0.3).round
+    manifest = Path(scored.path(schema.manifest_path(made.number)))
+    selection = Path(scored.path(schema.selection_path(made.number))).read_bytes()
+    manifest.unlink()
+    again = select_round(scored, fraction=0.3)
+    assert (again.round.number, again.published) == (made.number, True)
+    assert Path(scored.path(schema.selection_path(made.number))).read_bytes() == selection
+    manifest.unlink()
+    # Whoever began round 1 with other parameters may still be at work: this one must not touch its selection.
+    other = select_round(scored, fraction=0.1).round
+    assert other.number == 2
+    assert Path(scored.path(schema.selection_path(made.number))).read_bytes() == selection
+    assert select_round(scored, fraction=0.1).round.number == 2
+    assert select_round(scored, fraction=0.3).round.number == 1
+
+
+def test_what_cannot_be_selected(digit_store: Store, scored: Store) -> None:
+    for fraction in (-0.1, 1.1, "many", math.nan):
+        with pytest.raises(UsageError, match="fraction"):
+            select_round(scored, fraction=fraction)
+    with pytest.raises(UsageError, match="no score column 'margins'"):
+        select_round(scored, fraction=0.3, strategy="margins")
+    with pytest.raises(RoundNotFoundError, match="no round 9"):
+        select_round(scored, fraction=0.3, scores_of=9)
+    Path(scored.path(schema.scores_path(1, 4))).unlink()
+    with pytest.raises(ScoresIncompleteError, match=r"lacks the score tables of 1 of 15 parts \(first \[4\]\)"):
+        select_round(scored, fraction=0.3, scores_of=1)
+    with pytest.raises(StoreError, match="no complete score tables"):
+        select_round(scored, fraction=0.3)
+
+
+def test_the_manifest_is_plain_json(scored: Store) -> None:
+    made = select_round(scored, fraction=0.3).round
+    text = Path(scored.path(schema.manifest_path(made.number))).read_text()
+    assert json.loads(text) == made.manifest
+    assert json.loads(text)["fraction"] == 0.3
