@@ -1,0 +1,40 @@
+"""Small networks and transforms for the examples; any `module:callable` of your own works the same way."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+
+def small_cnn(channels: int = 1, classes: int = 10, width: int = 32) -> nn.Module:
+    """Three convolutions with batch normalisation, global pooling, one linear layer."""
+
+    def block(inputs: int, outputs: int, stride: int) -> list[nn.Module]:
+        return [
+            nn.Conv2d(inputs, outputs, 3, stride=stride, padding=1, bias=False),
+            nn.BatchNorm2d(outputs),
+            nn.ReLU(),
+        ]
+
+    return nn.Sequential(
+        *block(channels, width, 1),
+        *block(width, 2 * width, 2),
+        *block(2 * width, 4 * width, 2),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+        nn.Linear(4 * width, classes),
+    )
+
+
+def grayscale(image: Image.Image) -> Tensor:
+    """One channel, float32, (1, height, width), about zero mean and unit variance for digits on black."""
+    pixels = np.asarray(image.convert("L"), dtype=np.float32)
+    return torch.from_numpy(pixels).unsqueeze(0).sub_(33.0).div_(79.0)
+
+
+def digits_input(image: Image.Image) -> Tensor:
+    """One channel, float32, (1, height, width), about zero mean and unit variance for scikit-learn's digits."""
+    pixels = np.asarray(image.convert("L"), dtype=np.float32)
+    return torch.from_numpy(pixels).unsqueeze(0).sub_(78.0).div_(96.0)

@@ -1,0 +1,118 @@
+"""The reference training run: every method through the same loop, resumable, with an honest table."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from dynams_stream.errors import UsageError
+from dynams_stream.store import Store
+from tools.train import app, table, verdict
+from tools.training import RunResult, planned_samples
+from tools.training_config import METHODS, read_config
+
+CONFIG = """
+out = "{out}"
+methods = ["full", "random", "static", "dynams"]
+seeds = [0]
+[data]
+dataset = "digits"
+samples_per_shard = 300
+transform = "toy_models:gray"
+[model]
+factory = "toy_models:small_cnn"
+args = {{ width = 8 }}
+width = 0.5
+[training]
+epochs = 4
+batch_size = 64
+loader_workers = 0
+[selection]
+final = 0.25
+warmup = 1
+"""
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> Path:
+    path = tmp_path / "run.toml"
+    path.write_text(CONFIG.format(out=tmp_path / "out"))
+    return path
+
+
+def test_every_method_trains_on_what_was_planned_and_a_rerun_does_nothing(config: Path, tmp_path: Path) -> None:
+    first = CliRunner().invoke(app, ["--config", str(config), "--workers", "1", "--json"], catch_exceptions=False)
+    results = {result["method"]: result for result in json.loads(first.stdout)["results"]}
+    run = read_config(config)
+    assert set(results) == {"full", "random", "static", "dynams"}
+    for method, result in results.items():
+        assert result["samples"] == planned_samples(run, method, 1437), method
+        assert 0.1 < result["accuracy"] <= 1
+        assert result["seconds"] > result["scoring_seconds"] >= 0
+    assert results["full"]["samples"] == 4 * 1437
+    assert [len(result["rounds"]) for result in results.values()] == [0, 3, 3, 3]
+    stores = {method: Store(tmp_path / "out" / "stores" / f"{method}-0") for method in results}
+    static = stores["static"].rounds()
+    assert [published.manifest["scores_of"] for published in static] == [None, 1, 1]
+    dynamic = stores["dynams"].rounds()
+    assert [published.epoch for published in dynamic] == [1, 2, 3]
+    assert len({published.manifest["checkpoint"]["sha256"] for published in dynamic}) == 3
+    assert [published.counts["selected"] for published in dynamic] == [
+        published.counts["selected"] for published in stores["random"].rounds()
+    ]
+    assert (tmp_path / "out" / "margins.png").read_bytes().startswith(b"\x89PNG")
+    again = CliRunner().invoke(app, ["--config", str(config), "--workers", "1", "--json"], catch_exceptions=False)
+    assert json.loads(again.stdout)["results"] == json.loads(first.stdout)["results"]
+    assert len((tmp_path / "out" / "results.jsonl").read_text().splitlines()) == 4
+
+
+def result(method: str, seed: int, accuracy: float) -> RunResult:
+    return RunResult(method, seed, accuracy, samples=100, steps=10, seconds=2.0, scoring_seconds=0.5, rounds=())
+
+
+def test_the_table_gives_mean_and_deviation() -> None:
+    text = table([result("full", 0, 0.90), result("full", 1, 0.92), result("dynams", 0, 0.5)])
+    assert "91.00 ± 1.41" in text
+    assert "50.00 ± 0.00" in text
+    assert "over 2 seeds" in text
+
+
+def test_no_win_is_claimed_inside_one_standard_deviation() -> None:
+    close = [result("full", s, a) for s, a in enumerate((0.90, 0.92, 0.94))] + [
+        result("dynams", s, a) for s, a in enumerate((0.92, 0.93, 0.94))
+    ]
+    assert "no difference beyond the spread (+1.00 points" in verdict(close)
+    apart = close[:3] + [result("dynams", s, a) for s, a in enumerate((0.97, 0.98, 0.99))]
+    assert "better by 6.00 points" in verdict(apart)
+    worse = close[:3] + [result("dynams", s, a) for s, a in enumerate((0.77, 0.78, 0.79))]
+    assert "worse by 14.00 points" in verdict(worse)
+    assert "one seed says nothing" in verdict([result("full", 0, 0.9), result("dynams", 0, 0.95)])
+    assert "at least one other" in verdict([result("dynams", 0, 0.95)])
+
+
+def test_a_wrong_configuration_names_the_key(tmp_path: Path) -> None:
+    path = tmp_path / "run.toml"
+    text = CONFIG.format(out=tmp_path)
+    for wrong, message in [
+        (text.replace("epochs = 4", "epochs = 0"), r"training\.epochs"),
+        (text.replace("final = 0.25", "finale = 0.25"), r"selection\.finale"),
+        (text.replace('"static"', '"magic"'), r"methods\.2"),
+        (text.replace("warmup = 1", "warmup = 9"), "warmup"),
+        ("out =", "run.toml"),
+    ]:
+        path.write_text(wrong)
+        with pytest.raises(UsageError, match=message):
+            read_config(path)
+    with pytest.raises(UsageError, match="no such file"):
+        read_config(tmp_path / "none.toml")
+
+
+@pytest.mark.parametrize("name", ["digits.toml", "mnist.toml"])
+def test_the_examples_are_valid(name: str) -> None:
+    config = read_config(Path(__file__).resolve().parents[1] / "examples" / name)
+    assert set(config.methods) <= set(METHODS)
+    assert len(config.seeds) >= 3
+    assert config.schedule().fraction(config.training.epochs - 1) == pytest.approx(0.1)

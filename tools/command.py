@@ -1,0 +1,207 @@
+"""What all commands share: the `--config` file, progress on stderr, results on stdout, exit codes.
+
+0 success or nothing to do    1 work failed    2 wrong usage    3 another job holds the store
+130 and 143 after a clean stop by Ctrl-C and SIGTERM
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import signal
+import sys
+import time
+import tomllib
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+from typing import Annotated, Any, NoReturn
+
+import click
+import typer
+from rich.console import Console
+from rich.logging import RichHandler
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
+from rich.text import Text
+
+from dynams_stream.errors import DynamsError, RoundExistsError, UsageError
+
+EXIT_FAILED, EXIT_USAGE, EXIT_BUSY = 1, 2, 3
+EXIT_INTERRUPTED, EXIT_TERMINATED = 130, 143
+
+stderr = Console(stderr=True, highlight=False, soft_wrap=True)
+
+
+class Terminated(BaseException):
+    """SIGTERM arrived; raised in the main thread so that everything is closed in order."""
+
+
+# ---- the program -----------------------------------------------------------------------------------------------------
+
+
+def run(app: typer.Typer | click.Command, arguments: list[str] | None = None, name: str = "dynams") -> NoReturn:
+    """Run a command and exit with the code of its outcome; errors are one message, a traceback only with `--debug`."""
+    # `--model my_models:resnet18` is looked for where the command runs, as `python -m` does.
+    if os.getcwd() not in sys.path:
+        sys.path.insert(0, os.getcwd())
+    signal.signal(signal.SIGTERM, _terminate)
+    logging.basicConfig(
+        level=logging.WARNING, format="%(message)s", handlers=[RichHandler(console=stderr, show_path=False)]
+    )
+    logging.getLogger("distributed").setLevel(logging.CRITICAL)
+    given = sys.argv[1:] if arguments is None else arguments
+    debug = "--debug" in given
+    try:
+        command = typer.main.get_command(app) if isinstance(app, typer.Typer) else app
+        outcome = command.main(args=given, prog_name=name, standalone_mode=False)
+        sys.exit(outcome if isinstance(outcome, int) else 0)
+    except (click.exceptions.Abort, KeyboardInterrupt):
+        _fail("stopped; run the same command again to go on", EXIT_INTERRUPTED, debug)
+    except Terminated:
+        _fail("stopped by SIGTERM; run the same command again to go on", EXIT_TERMINATED, debug)
+    except click.exceptions.Exit as error:
+        sys.exit(error.exit_code)
+    except click.ClickException as error:
+        error.show(sys.stderr)
+        sys.exit(EXIT_USAGE)
+    except UsageError as error:
+        _fail(str(error), EXIT_USAGE, debug)
+    except RoundExistsError as error:
+        _fail(str(error), EXIT_BUSY, debug)
+    except DynamsError as error:
+        _fail(str(error), EXIT_FAILED, debug)
+    except BrokenPipeError:
+        sys.exit(EXIT_FAILED)
+    except OSError as error:
+        _fail(f"{type(error).__name__}: {error}", EXIT_FAILED, debug)
+
+
+def _terminate(signum: int, frame: FrameType | None) -> NoReturn:
+    raise Terminated
+
+
+def _fail(message: str, code: int, debug: bool) -> NoReturn:
+    if debug:
+        stderr.print_exception(show_locals=False)
+    stderr.print(Text.assemble(("error: " if code < 100 else "", "bold red"), message))
+    sys.exit(code)
+
+
+# ---- options ---------------------------------------------------------------------------------------------------------
+
+
+def _load_config(context: typer.Context, path: Path | None) -> Path | None:
+    """Make the file's values the defaults of this command's options; flags win over them."""
+    if path is None:
+        return None
+    try:
+        values = tomllib.loads(path.read_text())
+    except FileNotFoundError as error:
+        raise UsageError(f"--config {path}: no such file") from error
+    except tomllib.TOMLDecodeError as error:
+        raise UsageError(f"--config {path}: {error}") from error
+    context.default_map = {**(context.default_map or {}), **_options(context, path, values)}
+    return path
+
+
+def _options(context: typer.Context, path: Path, values: Mapping[str, Any]) -> dict[str, Any]:
+    """Top-level keys that this command knows, and all keys of its own table, such as `[score]`."""
+    own = values.get(context.info_name or "", {})
+    known = {parameter.name for parameter in context.command.params}
+    options = {}
+    for key, value in {**values, **own}.items():
+        name = key.replace("-", "_")
+        if name in known:
+            options[name] = json.dumps(value) if isinstance(value, dict) else value
+        elif key in own or (not isinstance(value, dict) and not _is_option_elsewhere(name)):
+            raise UsageError(f"--config {path}: {key!r} is not an option of `dynams {context.info_name}`; see --help")
+    return options
+
+
+def _is_option_elsewhere(name: str) -> bool:
+    """One file may serve several commands; a key that no command knows is a typing error."""
+    from tools.cli import option_names
+
+    return name in option_names()
+
+
+StoreOption = Annotated[
+    str, typer.Option("--store", help="Folder or object-store prefix that holds index and rounds, such as runs/a.")
+]
+ConfigOption = Annotated[
+    Path | None,
+    typer.Option(
+        "--config",
+        callback=_load_config,
+        is_eager=True,
+        help="TOML file with values for these options, by their names; flags win over it.",
+    ),
+]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print the result as one JSON object on stdout.")]
+DebugOption = Annotated[bool, typer.Option("--debug", help="Show a traceback with an error.")]
+WorkersOption = Annotated[
+    int | None, typer.Option("--workers", min=1, help="Processes (or threads) to use; default: one per core.")
+]
+
+
+# ---- output ----------------------------------------------------------------------------------------------------------
+
+
+def show(result: Mapping[str, Any], text: str, as_json: bool) -> None:
+    """Print a result on stdout: one JSON object, or words."""
+    print(json.dumps(result) if as_json else text, flush=True)
+
+
+def say(message: str) -> None:
+    """Tell people something on stderr."""
+    stderr.print(message, markup=False)
+
+
+class _Rate(ProgressColumn):
+    """Items a second since the bar began, without what an earlier run had done."""
+
+    def render(self, task: Task) -> Text:
+        fresh = task.completed - task.fields.get("resumed", 0)
+        rate = fresh / task.elapsed if task.elapsed else 0.0
+        return Text(f"{rate:,.0f}/s", style="progress.data.speed")
+
+
+Report = Callable[..., None]
+
+
+@contextmanager
+def progress_bar(label: str, unit: str) -> Iterator[Report]:
+    """A bar on stderr; gives `report(done, total, note="", resumed=0)`. Not a terminal: a line every 30 seconds."""
+    if not stderr.is_terminal:
+        yield _line_reporter(label, unit)
+        return
+    columns = (
+        TextColumn(label),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn(unit),
+        _Rate(),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[note]}"),
+    )
+    with Progress(*columns, console=stderr, transient=True) as bar:
+        task = bar.add_task(label, total=None, note="", resumed=0)
+
+        def report(done: int, total: int, note: str = "", resumed: int = 0) -> None:
+            bar.update(task, completed=done, total=total, note=note, resumed=resumed)
+
+        yield report
+
+
+def _line_reporter(label: str, unit: str, every: float = 30.0) -> Report:
+    last = time.monotonic()
+
+    def report(done: int, total: int, note: str = "", resumed: int = 0) -> None:
+        nonlocal last
+        if time.monotonic() - last >= every:
+            last = time.monotonic()
+            say(f"{label}: {done:,} of {total:,} {unit} {note}".rstrip())
+
+    return report

@@ -1,0 +1,112 @@
+"""`dynams rescore`: score + select when a new checkpoint appears, or once."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from dynams_stream.errors import DynamsError, RoundExistsError, UsageError
+from dynams_stream.scorer import ScorerSpec
+from dynams_stream.store import Store
+from pipeline.rescore import Rescored, newest_checkpoint, rescore, watch
+from tools.command import ConfigOption, DebugOption, JsonOption, StoreOption, WorkersOption, run, say, show
+from tools.scoring_options import (
+    BatchSizeOption,
+    DeviceOption,
+    HeadOption,
+    InputOption,
+    LabelOption,
+    MaxErrorsOption,
+    ModelArgsOption,
+    ModelOption,
+    SchedulerOption,
+    TransformOption,
+    WidthOption,
+    scorer_spec,
+    scoring_progress,
+)
+from tools.select_subset import FractionOption, StrategyOption, round_summary
+
+app = typer.Typer(add_completion=False)
+
+
+@app.command(name="rescore")
+def rescore_command(
+    store: StoreOption,
+    model: ModelOption,
+    fraction: FractionOption,
+    checkpoint: Annotated[str | None, typer.Option("--checkpoint", help="Rescore with this file, once.")] = None,
+    watched: Annotated[
+        str | None, typer.Option("--watch", help="Folder of checkpoints: a round for each new file, until stopped.")
+    ] = None,
+    once: Annotated[bool, typer.Option("--once", help="With --watch: the newest checkpoint now, then exit.")] = False,
+    every: Annotated[float, typer.Option("--poll", min=0.1, help="Seconds between looks at --watch.")] = 5.0,
+    strategy: StrategyOption = "distance",
+    input: InputOption = None,
+    label: LabelOption = None,
+    transform: TransformOption = None,
+    width: WidthOption = 1.0,
+    head: HeadOption = None,
+    model_args: ModelArgsOption = "{}",
+    batch_size: BatchSizeOption = 256,
+    scheduler: SchedulerOption = None,
+    workers: WorkersOption = None,
+    device: DeviceOption = "cpu",
+    max_errors: MaxErrorsOption = None,
+    config: ConfigOption = None,
+    json: JsonOption = False,
+    debug: DebugOption = False,
+) -> None:
+    """Make a round from a new checkpoint: score, select, publish. Running loaders take it up at their next set_epoch.
+
+    A checkpoint that has its round already is left alone: nothing to do exits 0 at once.
+
+    Example: dynams rescore --store runs/a --config run.toml --watch ckpt/
+    """
+    spec = scorer_spec(model, model_args, head, width, input, label, transform, batch_size)
+    job = {"scheduler": scheduler, "workers": workers, "device": device, "max_errors": max_errors}
+    if (checkpoint is None) == (watched is None):
+        raise UsageError("give one of --checkpoint FILE and --watch FOLDER")
+    if watched is None or once:
+        path = checkpoint if checkpoint is not None else newest_checkpoint(str(watched))
+        _report(_rescore(store, spec, path, fraction, strategy, job), json)
+        return
+    say(f"watching {watched} every {every:g} s; Ctrl-C stops")
+    for path in watch(str(watched), every=every):
+        try:
+            _report(_rescore(store, spec, path, fraction, strategy, job), json)
+        except (UsageError, RoundExistsError):
+            raise
+        except (
+            DynamsError
+        ) as error:  # one bad checkpoint or a passing fault must not end the watch; the next one may do
+            say(f"{path}: no round: {error}")
+
+
+def _rescore(
+    store: str, spec: ScorerSpec, checkpoint: str, fraction: str, strategy: str, job: dict[str, object]
+) -> Rescored:
+    with scoring_progress() as progress:
+        return rescore(Store(store), spec, checkpoint, fraction=fraction, strategy=strategy, progress=progress, **job)
+
+
+def _report(result: Rescored, as_json: bool) -> None:
+    published = result.round
+    counts = published.counts
+    words = "published" if result.published else "up to date"
+    show(
+        {
+            "checkpoint": result.checkpoint,
+            "round": published.number,
+            "published": result.published,
+            **round_summary(published),
+        },
+        f"round {published.number} {words}: {counts['selected']:,} of {counts['all']:,} samples, "
+        f"checkpoint {result.checkpoint}",
+        as_json,
+    )
+
+
+if __name__ == "__main__":
+    run(app, name="dynams rescore")

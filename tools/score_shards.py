@@ -1,0 +1,103 @@
+"""`dynams score`: score tables for one round with a checkpoint."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from dynams_stream import storage
+from dynams_stream.store import Store
+from pipeline.rounds import ScoredRound, first_extensions, score_round
+from tools.command import ConfigOption, DebugOption, JsonOption, StoreOption, WorkersOption, run, say, show
+from tools.scoring_options import (
+    BatchSizeOption,
+    DeviceOption,
+    HeadOption,
+    InputOption,
+    LabelOption,
+    MaxErrorsOption,
+    ModelArgsOption,
+    ModelOption,
+    SchedulerOption,
+    TransformOption,
+    WidthOption,
+    scorer_spec,
+    scoring_progress,
+    time_split,
+)
+
+app = typer.Typer(add_completion=False)
+
+
+@app.command()
+def score(
+    store: StoreOption,
+    model: ModelOption,
+    checkpoint: Annotated[str, typer.Option("--checkpoint", help=".safetensors or plain state-dict .pt file.")],
+    input: InputOption = None,
+    label: LabelOption = None,
+    transform: TransformOption = None,
+    width: WidthOption = 1.0,
+    head: HeadOption = None,
+    model_args: ModelArgsOption = "{}",
+    batch_size: BatchSizeOption = 256,
+    epoch: Annotated[int | None, typer.Option("--epoch", help="Recorded with the round.")] = None,
+    scheduler: SchedulerOption = None,
+    workers: WorkersOption = None,
+    device: DeviceOption = "cpu",
+    max_errors: MaxErrorsOption = None,
+    config: ConfigOption = None,
+    json: JsonOption = False,
+    debug: DebugOption = False,
+) -> None:
+    """Score every sample of the store's dataset with one checkpoint, as one Dask task per part.
+
+    Killed or stopped, the same command goes on with the parts that are missing; finished, it exits 0 at once.
+
+    Example: dynams score --store runs/a --model my_models:resnet18 --checkpoint ckpt/12.safetensors
+    """
+    target = Store(store)
+    spec = scorer_spec(model, model_args, head, width, input, label, transform, batch_size)
+    settled = spec.resolved(first_extensions(target, target.dataset()))
+    if input is None or label is None:
+        say(f"input: {settled.input}, label: {settled.label or 'none'} (as the first shard shows)")
+    with scoring_progress() as progress:
+        result = score_round(
+            target, settled, checkpoint=storage.absolute(checkpoint), epoch=epoch, scheduler=scheduler,
+            workers=workers, device=device, max_errors=max_errors, progress=progress,
+        )  # fmt: skip
+    show(as_dict(result), in_words(result, store), json)
+
+
+def as_dict(result: ScoredRound) -> dict[str, object]:
+    """The result for `--json`."""
+    return {
+        "round": result.number,
+        "samples": result.samples,
+        "scored": result.samples - result.failed,
+        "failed": result.failed,
+        "parts": result.parts,
+        "resumed_parts": result.resumed_parts,
+        "seconds": dict(result.seconds),
+        "wall_seconds": result.wall_seconds,
+        "errors": list(result.errors),
+    }
+
+
+def in_words(result: ScoredRound, store: str) -> str:
+    """The result for people."""
+    if result.resumed_parts == result.parts:
+        return f"{store}: round {result.number} is scored already, {result.samples:,} samples; next: dynams select"
+    lines = [
+        f"{store}: round {result.number}, {result.samples:,} samples = {result.samples - result.failed:,} scored + "
+        f"{result.failed:,} failed, {result.wall_seconds:.1f} s ({time_split(result.seconds)})"
+    ]
+    if result.resumed_parts:
+        lines.append(f"{result.resumed_parts} of {result.parts} parts were done before")
+    lines += [f"  {error}" for error in result.errors]
+    return "\n".join([*lines, "next: dynams select"])
+
+
+if __name__ == "__main__":
+    run(app, name="dynams score")

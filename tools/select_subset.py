@@ -1,0 +1,73 @@
+"""`dynams select`: cut a selection from score tables; publish the round."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from dynams_stream.store import Round, Store
+from pipeline.select_job import SelectResult, select_round
+from tools.command import ConfigOption, DebugOption, JsonOption, StoreOption, WorkersOption, run, show
+
+app = typer.Typer(add_completion=False)
+
+FractionOption = Annotated[
+    str, typer.Option("--fraction", help="Part of all samples to select, 0 … 1; the decimal as written counts.")
+]
+StrategyOption = Annotated[
+    str,
+    typer.Option(
+        "--strategy",
+        help="Score whose smallest values are selected: distance, abs(margin), -loss, … or random:SEED.",
+    ),
+]
+
+
+@app.command()
+def select(
+    store: StoreOption,
+    fraction: FractionOption,
+    strategy: StrategyOption = "distance",
+    round: Annotated[
+        int | None, typer.Option("--round", min=1, help="Round whose score tables to cut. Default: the newest.")
+    ] = None,
+    workers: WorkersOption = None,
+    config: ConfigOption = None,
+    json: JsonOption = False,
+    debug: DebugOption = False,
+) -> None:
+    """Select the samples nearest to the decision boundary and publish the round; loaders see it from then on.
+
+    Example: dynams select --store runs/a --fraction 0.3
+    """
+    result = select_round(Store(store), fraction=fraction, strategy=strategy, scores_of=round, workers=workers)
+    show(as_dict(result), in_words(result, store), json)
+
+
+def as_dict(result: SelectResult) -> dict[str, object]:
+    """The result for `--json`."""
+    return {"round": result.round.number, "published": result.published, **round_summary(result.round)}
+
+
+def round_summary(published: Round) -> dict[str, object]:
+    """What `select`, `rescore` and `status` tell of a round."""
+    manifest = published.manifest
+    return {
+        name: manifest[name] for name in ("epoch", "strategy", "fraction", "threshold", "counts", "scores_of", "ended")
+    }
+
+
+def in_words(result: SelectResult, store: str) -> str:
+    """The result for people."""
+    counts, manifest = result.round.counts, result.round.manifest
+    verb = "published" if result.published else "was published before, cut from the same scores in the same way"
+    return (
+        f"{store}: round {result.round.number} {verb}\n"
+        f"{counts['selected']:,} of {counts['all']:,} samples (fraction {manifest['fraction']}), "
+        f"{manifest['strategy']} up to {manifest['threshold']}"
+    )
+
+
+if __name__ == "__main__":
+    run(app, name="dynams select")

@@ -1,0 +1,113 @@
+"""The configuration of a reference training run (`dynams train --config …`), validated by pydantic."""
+
+from __future__ import annotations
+
+import tomllib
+from pathlib import Path
+from typing import Any, Literal
+
+import pydantic
+
+from dynams_stream.errors import UsageError
+from dynams_stream.schedule import LinearSchedule, PowerSchedule, Schedule
+
+METHODS = ("full", "random", "fresh-random", "static", "dynams")
+"""What can be compared:
+
+full          every sample, each epoch
+random        a fixed random order; each epoch trains on its first ⌈γN⌉ samples
+fresh-random  another random subset of ⌈γN⌉ samples in each round
+static        the margins of the first round; each epoch trains on the ⌈γN⌉ smallest of them
+dynams        the ⌈γN⌉ smallest margins of the current model, scored anew in each round by the proxy
+"""
+
+
+class _Strict(pydantic.BaseModel):
+    model_config = pydantic.ConfigDict(extra="forbid", frozen=True)
+
+
+class DataConfig(_Strict):
+    """Where the images come from; shards are written once, below `out`."""
+
+    dataset: str
+    root: str = "data"
+    samples_per_shard: int = pydantic.Field(3000, ge=1)
+    transform: str
+    input: str = "png"
+    label: str = "cls"
+
+
+class ModelConfig(_Strict):
+    """The network and the width of its proxy."""
+
+    factory: str
+    args: dict[str, Any] = {}
+    head: str | None = None
+    width: float = pydantic.Field(0.5, gt=0, le=1)
+
+
+class TrainingConfig(_Strict):
+    """Epochs, batches and the optimizer: SGD with Nesterov momentum, one cycle of the learning rate."""
+
+    epochs: int = pydantic.Field(ge=1)
+    batch_size: int = pydantic.Field(64, ge=1)
+    learning_rate: float = pydantic.Field(0.1, gt=0)
+    momentum: float = pydantic.Field(0.9, ge=0, lt=1)
+    weight_decay: float = pydantic.Field(5e-4, ge=0)
+    loader_workers: int = pydantic.Field(1, ge=0)
+
+
+class SelectionConfig(_Strict):
+    """The schedule of fractions and the score that is selected on."""
+
+    schedule: Literal["power", "linear"] = "power"
+    final: float | None = pydantic.Field(None, gt=0, le=1)
+    budget: float | None = pydantic.Field(None, gt=0, le=1)
+    warmup: int = pydantic.Field(2, ge=0)
+    anneal: int = pydantic.Field(0, ge=0)
+    interval: int = pydantic.Field(1, ge=1)
+    strategy: str = "distance"
+
+
+class RunConfig(_Strict):
+    """One comparison: methods × seeds on one dataset, model and schedule."""
+
+    out: Path
+    methods: tuple[Literal["full", "random", "fresh-random", "static", "dynams"], ...] = METHODS
+    seeds: tuple[int, ...] = (0, 1, 2)
+    data: DataConfig
+    model: ModelConfig
+    training: TrainingConfig
+    selection: SelectionConfig
+
+    def schedule(self) -> Schedule:
+        """The schedule of fractions."""
+        kinds = {"power": PowerSchedule, "linear": LinearSchedule}
+        chosen = self.selection
+        return kinds[chosen.schedule](
+            epochs=self.training.epochs,
+            warmup=chosen.warmup,
+            anneal=chosen.anneal,
+            interval=chosen.interval,
+            final=chosen.final,
+            budget=chosen.budget,
+        )
+
+
+def read_config(path: Path) -> RunConfig:
+    """Read and validate a TOML file.
+
+    Raises:
+        UsageError: names the file, the key and what it should be.
+    """
+    try:
+        config = RunConfig(**tomllib.loads(path.read_text()))
+        config.schedule()
+    except FileNotFoundError as error:
+        raise UsageError(f"--config {path}: no such file") from error
+    except tomllib.TOMLDecodeError as error:
+        raise UsageError(f"--config {path}: {error}") from error
+    except pydantic.ValidationError as error:
+        lines = [f"  {'.'.join(map(str, item['loc']))}: {item['msg']}" for item in error.errors()]
+        raise UsageError(f"--config {path}:\n" + "\n".join(lines)) from error
+    return config
