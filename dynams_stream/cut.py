@@ -173,7 +173,7 @@ _NO_LABEL = -(2**40)  # outside int32
 
 @dataclass(frozen=True, eq=False)
 class _Histogram:
-    """Non-empty bins of one part's keys; `scored` of its samples are in them."""
+    """Non-empty bins of one part's keys, and how many of its samples are scored."""
 
     bins: npt.NDArray[np.uint16]
     counts: npt.NDArray[np.uint32]
@@ -207,10 +207,8 @@ def _high_histogram(part: ScorePart, strategy: Strategy) -> _Histogram:
     table = _read(part, (*strategy.columns, "shard", "row"))
     _require_lines(part, table)
     keys = _table_keys(table, strategy)
-    unscored = int(np.count_nonzero(keys == NOT_SCORED))
-    histogram = np.bincount(keys >> np.uint32(16), minlength=_BINS)
-    histogram[-1] -= unscored
-    return _compact(histogram, len(keys) - unscored)
+    scored = int(np.count_nonzero(keys != NOT_SCORED))  # the others fill the last bin, behind any that is looked for
+    return _compact(np.bincount(keys >> np.uint32(16), minlength=_BINS), scored)
 
 
 def _low_histogram(part: ScorePart, strategy: Strategy, high: int) -> _Histogram:

@@ -233,6 +233,22 @@ def test_holds_few_results_at_a_time(tmp_path: Path) -> None:
     assert most == 1
 
 
+def test_sends_no_more_ties_than_can_be_taken(tmp_path: Path) -> None:
+    parts = write_parts(tmp_path, [[0.0] * 3000 for _ in range(3)], 1)
+    sizes = []
+
+    def measured(function: Callable[[Any], Any], items: Any) -> Iterator[Any]:
+        for item in items:
+            result = function(item)
+            sizes.append(len(pickle.dumps(result)))
+            yield result
+
+    destination = str(tmp_path / "selection.parquet")
+    exact_cut(parts, fraction="0.002", strategy=DISTANCE, destination=destination, ordered_map=measured)
+    assert selected_rows(destination) == [list(range(18)), [], []]
+    assert max(sizes) < 4000
+
+
 def test_tasks_can_be_pickled(tmp_path: Path) -> None:
     """As they must be to run on a cluster."""
     shards = random_shards(2, 6)

@@ -131,6 +131,8 @@ def malformed(change: Callable[[dict[str, list[Any]]], None]) -> pa.Table:
         (lambda c: c.update(rows=[[1, 2], [], [3, 0]]), "the rows of shard 2 do not ascend"),
         (lambda c: c.update(rows=[[2, 1], [], [0, 3]]), "the rows of shard 0 do not ascend"),
         (lambda c: c.update(rows=[[1, 2], [5, 5], [0, 3]]), "the rows of shard 1 do not ascend"),
+        (lambda c: c.update(rows=[[], [1, 2], [3, 0]]), "the rows of shard 2 do not ascend"),
+        (lambda c: c.update(rows=[[3, 0], [1, 2], []]), "the rows of shard 0 do not ascend"),
         (lambda c: c.update(weights=[[0.5, 0.5], None, None]), "shard 2 has not one weight for each of its rows"),
         (lambda c: c.update(weights=[[0.5, 0.5, 0.5], None, [0.5]]), "shard 0 has not one weight for each of its rows"),
     ],
