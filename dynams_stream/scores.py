@@ -124,7 +124,7 @@ def _recompute_cancelled(difference: Tensor, total: Tensor, rows: Tensor, column
 
 @dataclass(frozen=True, eq=False)
 class ScoreBatch:
-    """Scores of B samples, each field of shape (B,), on the device of the logits.
+    """Scores of B samples, each field of shape (B,), on the head's device.
 
     Where `finite` is false the logits held NaN or infinity (in float32): both classes are -1 and all scores NaN.
     Where `labelled` is false margin, loss and el2n are NaN. No other NaN occurs. Write both as null.
@@ -178,7 +178,7 @@ def score_batch(logits: Tensor, labels: Tensor, norms: BoundaryNorms) -> ScoreBa
             f"is the named head the last layer?"
         )
     _require_labels(labels, *logits.shape)
-    labels = labels.to(logits.device)
+    logits, labels = logits.to(norms.device), labels.to(norms.device)
     # Bounded temporaries: at 10^5 classes a batch is scored some dozens of samples at a time.
     step = max(1, 4 * _BLOCK_ELEMENTS // norms.classes)
     batches = [_score(*both, norms) for both in zip(torch.split(logits, step), torch.split(labels, step), strict=True)]
@@ -202,11 +202,10 @@ def _require_labels(labels: Tensor, samples: int, classes: int) -> None:
 
 
 def _score(logits: Tensor, labels: Tensor, norms: BoundaryNorms) -> ScoreBatch:
-    device = logits.device
     finite = torch.isfinite(logits.float()).all(1)
-    z = torch.where(finite[:, None], logits.to(norms.device, torch.float64), 0.0)
+    z = torch.where(finite[:, None], logits.double(), 0.0)
     labelled = labels >= 0
-    label = labels.to(norms.device).clamp(min=0)
+    label = labels.clamp(min=0)
     predicted = _first(z == z.amax(1, keepdim=True))
 
     distance, runner_up = _nearest_boundary(z, predicted, norms)
@@ -218,11 +217,11 @@ def _score(logits: Tensor, labels: Tensor, norms: BoundaryNorms) -> ScoreBatch:
 
     def column(values: Tensor, known: Tensor) -> Tensor:
         # Adding 0.0 turns -0.0 into +0.0, so that equal scores have equal bits.
-        return torch.where(known, values.to(device, torch.float32) + 0.0, torch.nan)
+        return torch.where(known, values.float() + 0.0, torch.nan)
 
     return ScoreBatch(
-        predicted=torch.where(finite, predicted.to(device), -1),
-        runner_up=torch.where(finite, runner_up.to(device), -1),
+        predicted=torch.where(finite, predicted, -1),
+        runner_up=torch.where(finite, runner_up, -1),
         distance=column(distance, finite),
         margin=column(margin, finite & labelled),
         loss=column(loss, finite & labelled),

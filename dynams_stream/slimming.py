@@ -346,9 +346,10 @@ class _Follower:
         return value
 
     def _flatten(self, node: fx.Node, value: Channels, start: Any, end: Any) -> Value:
-        if start == 1 and end in (-1, 1 + value.spatial):
+        last = 1 + value.spatial
+        if start in (1, -last) and end in (-1, last):
             return value if value.spatial == 0 else Channels(value.full, value.slim, spatial=0, flattened=True)
-        if start == 2 and end in (-1, 1 + value.spatial) and value.spatial:
+        if start in (2, 1 - last) and end in (-1, last) and value.spatial:
             return Channels(value.full, value.slim, spatial=1)
         return self._refuse(node, "only flattening from dimension 1 or 2 to the last can be followed")
 

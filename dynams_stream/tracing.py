@@ -114,6 +114,8 @@ def find_head(model: nn.Module) -> str:
 
 def head_of(graph: fx.Graph, model: nn.Module) -> str:
     """As `find_head`, for a model that is traced already."""
+    if isinstance(model, nn.Linear):
+        raise HeadError("the model is a linear layer itself, which cannot be named; wrap it in nn.Sequential")
     node = graph.output_node().args[0]
     while isinstance(node, fx.Node):
         if node.op == "call_module":
@@ -128,7 +130,7 @@ def head_of(graph: fx.Graph, model: nn.Module) -> str:
         else:
             raise HeadError(
                 f"the output of {type(model).__name__} comes from {node.op} {node.target!s}, not from an nn.Linear; "
-                f"wrap a lone layer in nn.Sequential, or name the last nn.Linear with head=…"
+                f"name the last nn.Linear with head=…"
             )
         if kind not in _AFTER_HEAD:
             raise HeadError(
