@@ -1,0 +1,262 @@
+"""Where an epoch stands: what the main process tells the workers, and the state that a run is resumed from.
+
+`set_epoch` and `load_state_dict` publish a `Place`. A worker that has just been started inherits it (through fork, or
+pickled), so that it cannot see a later one; a persistent worker, from its second iteration on, reads it from a small
+tensor in shared memory. A loaded position holds for one iteration only: the first iteration to begin claims it.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from typing import Any, Final, NamedTuple
+
+import torch
+from torch.utils.data import get_worker_info
+
+from dynams_stream.errors import StateError
+from dynams_stream.order import rank_length, worker_length
+
+State = dict[str, Any]
+
+STATE_VERSION: Final = 1
+EVERYTHING: Final = 0
+"""The round number that stands for no round: all samples of the dataset."""
+
+
+class Place(NamedTuple):
+    """What the next iteration reads, as plain integers.
+
+    Attributes:
+        serial: raised each time a place is published.
+        epoch: 0, 1, …
+        round: number of the round, or `EVERYTHING`.
+        version: the dataset version.
+        lanes: number of lanes; 0 for the default.
+        loaded: 1 when it comes from a state, and `start` and the round are to be kept until an iteration has begun.
+        start: global position to start at.
+        steps: batches that each rank had consumed before `start`.
+    """
+
+    serial: int = 0
+    epoch: int = 0
+    round: int = EVERYTHING
+    version: int = 0
+    lanes: int = 0
+    loaded: int = 0
+    start: int = 0
+    steps: int = 0
+
+    def from_the_beginning(self) -> Place:
+        """The same epoch from its first sample on."""
+        return self._replace(loaded=0, start=0, steps=0)
+
+
+class Begun(NamedTuple):
+    """The newest iteration that began: of which place, in workers or in the main process, and from where."""
+
+    serial: int = -1
+    in_workers: int = 0
+    start: int = 0
+    steps: int = 0
+
+
+_FIELDS: Final = len(Place._fields)
+_WRITES: Final = 0  # odd while a place is being written
+_PLACE: Final = slice(1, 1 + _FIELDS)
+_CLAIM: Final = slice(1 + _FIELDS, 3 + _FIELDS)  # serial and iteration that claimed a loaded position
+_BEGUN: Final = slice(3 + _FIELDS, 7 + _FIELDS)
+_SLOTS: Final = 7 + _FIELDS  # for each worker id, the serial whose position it has taken
+_MOST_WORKERS: Final = 1024
+_MAIN: Final = -1
+
+
+class Control:
+    """The place, shared by the main process, its workers and all copies of a dataset in them.
+
+    A copy made in any other way (pickle, deepcopy, the processes of `torch.multiprocessing.spawn`) has its own.
+    """
+
+    def __init__(self) -> None:
+        self.place = Place()
+        self._shared = _shared(torch.zeros(_SLOTS + _MOST_WORKERS, dtype=torch.int64))
+        self._shared[_CLAIM] = -1
+        self._shared[_BEGUN] = -1
+        self._shared[_SLOTS:] = -1
+        self._owner = os.getpid()
+        self._began_in = 0  # process in which this copy began an iteration, as a worker
+
+    def publish(self, place: Place) -> None:
+        """Make `place` what the next iterations read, here and in the workers."""
+        self._own()
+        self.place = place._replace(serial=self.place.serial + 1)
+        self._shared[_WRITES] += 1
+        self._shared[_PLACE] = torch.tensor(self.place, dtype=torch.int64)
+        self._shared[_WRITES] += 1
+
+    def begin(self) -> Place:
+        """The place of an iteration that begins now in this process: from the loaded position if that is still free."""
+        self._own()
+        worker = get_worker_info()
+        if worker is None:
+            place, iteration, slot = self.place, _MAIN, 0
+        else:
+            inherited = self._began_in != os.getpid()
+            self._began_in = os.getpid()
+            place = self.place if inherited else self._read()
+            iteration, slot = worker.seed - worker.id, worker.id % _MOST_WORKERS
+        if place.loaded and not self._claim(place.serial, iteration, slot):
+            place = place.from_the_beginning()
+        self.mark_begun(place)
+        return place
+
+    def mark_begun(self, place: Place) -> None:
+        """Note for the main process that an iteration has begun at `place`."""
+        in_workers = int(get_worker_info() is not None)
+        self._shared[_BEGUN] = torch.tensor([place.serial, in_workers, place.start, place.steps])
+
+    def begun(self) -> Begun | None:
+        """The newest iteration of the current place, if one has begun."""
+        self._own()
+        begun = Begun(*self._shared[_BEGUN].tolist())
+        return begun if begun.serial == self.place.serial else None
+
+    def holds_position(self) -> bool:
+        """Whether a position was loaded that no iteration has claimed yet."""
+        self._own()
+        return bool(self.place.loaded) and int(self._shared[_CLAIM][0]) != self.place.serial
+
+    def _claim(self, serial: int, iteration: int, slot: int) -> bool:
+        """Whether this worker may start at the position loaded under `serial`.
+
+        All workers of one DataLoader iteration share their base seed, which tells iterations of fresh workers apart;
+        the slot of each worker id tells when persistent workers, or reseeded ones, come a second time.
+        """
+        claimed, by = self._shared[_CLAIM].tolist()
+        if claimed != serial:
+            self._shared[_CLAIM][1] = iteration
+            self._shared[_CLAIM][0] = serial
+        elif by != iteration:
+            return False
+        if int(self._shared[_SLOTS + slot]) == serial:
+            return False
+        self._shared[_SLOTS + slot] = serial
+        return True
+
+    def _read(self) -> Place:
+        while True:
+            before = int(self._shared[_WRITES])
+            place = Place(*self._shared[_PLACE].tolist())
+            if before % 2 == 0 and int(self._shared[_WRITES]) == before:
+                return place
+
+    def _own(self) -> None:
+        """Take memory of one's own in a process that is not a worker of the one that made this copy."""
+        if self._owner != os.getpid() and get_worker_info() is None:
+            self._shared = _shared(self._shared.clone())
+            self._owner = os.getpid()
+
+
+def _shared(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.share_memory_()  # type: ignore[no-untyped-call, no-any-return]
+
+
+# ---- states ----------------------------------------------------------------------------------------------------------
+
+
+def check_state(state: Mapping[str, Any], mine: Mapping[str, Any]) -> None:
+    """Refuse a state that this dataset cannot go on from.
+
+    Args:
+        state: what `state_dict` gave.
+        mine: for fields that have to be equal, this dataset's values.
+
+    Raises:
+        StateError: names the field and both values.
+    """
+    if not isinstance(state, Mapping) or "samples" not in state:
+        hint = ": it is a StatefulDataLoader's; load it there, or SelectedDataset.global_state(state) here"
+        is_loaders = isinstance(state, Mapping) and ("_snapshot" in state or "dataset_state" in state)
+        raise StateError(f"this is no state of a SelectedDataset{hint if is_loaders else f'; got {state!r:.80}'}")
+    if state.get("version") != STATE_VERSION:
+        raise StateError(
+            f"the state has format version {state.get('version')!r}, this program reads {STATE_VERSION}; "
+            f"use the version of dynams-stream that wrote it"
+        )
+    for field, value in mine.items():
+        if state.get(field) != value:
+            raise StateError(
+                f"the state was made with {field} = {state.get(field)!r}, this dataset has {value!r}; {_ADVICE[field]}"
+            )
+
+
+_ADVICE: Final = {
+    "algorithm": "finish the epoch with the version that wrote it, or start the epoch anew with set_epoch",
+    "seed": "make the dataset with the state's seed, or start the epoch anew with set_epoch",
+    "shuffle": "make the dataset with the state's shuffle, or start the epoch anew with set_epoch",
+    "selection": "open the store that the state was made with, or start the epoch anew with set_epoch",
+    "dataset": "open the store that the state was made with, or start the epoch anew with set_epoch",
+    "worker": "make a movable state with SelectedDataset.global_state(loader_state)",
+    "workers": "use as many workers, or make a movable state with SelectedDataset.global_state(loader_state)",
+    "rank": "load each rank's own state, or make a movable one with SelectedDataset.global_state(loader_state)",
+    "ranks": "use as many ranks, or make a movable state with SelectedDataset.global_state(loader_state)",
+    "batch_size": "use that batch size, or make a movable state with SelectedDataset.global_state(loader_state)",
+}
+
+
+def finished_or(position: int, taken: int, most: int, total: int) -> int:
+    """`position`, or `total` once as many samples are `taken` as any rank gets at most: then the epoch is over."""
+    return total if taken >= most else min(position, total)
+
+
+def global_state(loader_state: Mapping[str, Any]) -> State:
+    """A state for any number of ranks and workers from a `StatefulDataLoader`'s.
+
+    Args:
+        loader_state: what the loader's `state_dict()` gave in one rank.
+
+    Raises:
+        StateError: when it is not of a SelectedDataset, or its workers have not consumed a run of samples without gaps
+            (their batches differ from the dataset's `batch_size`).
+    """
+    snapshot = loader_state.get("_snapshot")
+    if snapshot is None:
+        state = loader_state.get("dataset_state")
+        if not isinstance(state, Mapping) or "samples" not in state:
+            raise StateError(
+                "this is no state of a StatefulDataLoader over a SelectedDataset; give what its state_dict() gave"
+            )
+        return dict(state)
+    states = [worker["dataset_state"] for worker in snapshot["_worker_snapshots"].values()]
+    if not states or any(not isinstance(state, Mapping) or "yielded" not in state for state in states):
+        raise StateError(
+            "the loader's state holds no state of a SelectedDataset in its workers; give what its state_dict() gave"
+        )
+    first = states[0]
+    batch, total, start = first["batch_size"], first["total"], first["samples"]
+    left, most = (rank_length(total - start, first["ranks"], rank, first["tail"]) for rank in (first["rank"], 0))
+    taken = sum(state["yielded"] for state in states)
+    for state in states:
+        if state["yielded"] != worker_length(taken, state["worker"], state["workers"], batch):
+            raise StateError(
+                f"the workers have consumed {[s['yielded'] for s in states]} samples in batches of {batch or 1}, "
+                f"which leaves gaps in the order; give SelectedDataset the loader's batch_size"
+            )
+    since = loader_state["_steps_since_snapshot"]
+    if since and batch is None:
+        raise StateError(
+            "the loader's state counts batches of unknown size; give SelectedDataset the loader's batch_size"
+        )
+    taken = min(taken + since * (batch or 1), left)
+    if loader_state.get("_iterator_finished"):
+        taken = most
+    state = {name: first[name] for name in _GLOBAL_FIELDS}
+    state["samples"] = finished_or(start + taken * first["ranks"], taken, most, total)
+    state["steps"] = first["steps"] + (-(-taken // batch) if batch else 0)
+    return state
+
+
+_GLOBAL_FIELDS: Final = (
+    *("version", "algorithm", "epoch", "round", "samples", "steps", "batch", "seed", "lanes", "shuffle"),
+    *("selection", "dataset"),
+)

@@ -1,0 +1,436 @@
+"""SelectedDataset: a WebDataset pipeline that reads only the selected samples, and knows where it stands."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, Final
+
+from torch.utils.data import get_worker_info
+from webdataset import autodecode, filters
+from webdataset.compat import FluidInterface
+from webdataset.pipeline import DataPipeline
+
+from dynams_stream import progress
+from dynams_stream.errors import DynamsError, RoundNotFoundError, StateError, UsageError
+from dynams_stream.order import ALGORITHM_VERSION, TAILS
+from dynams_stream.pickle_guard import GuardedDecoder, guarded_patterns
+from dynams_stream.progress import EVERYTHING, Place, State, finished_or
+from dynams_stream.source import Options, Pass, Source
+from dynams_stream.store import Store, round_number
+
+
+class _Unset:
+    """Marks an argument that was not given."""
+
+    def __repr__(self) -> str:
+        return "the constructor's"
+
+
+_UNSET: Final = _Unset()
+
+
+class SelectedDataset(DataPipeline, FluidInterface):  # type: ignore[misc]
+    """Streams the selected samples of a store, each exactly once per epoch over all ranks and workers.
+
+    A `webdataset` pipeline: its fluid methods (`decode`, `to_tuple`, `map`, …) and stages work on it, and so do torch's
+    DataLoader, torchdata's StatefulDataLoader and `wds.WebLoader`. Its source yields dicts equal to those of
+    `webdataset.WebDataset`, `{"__key__", "__url__", extension: bytes, …}`, plus `__row__`, and `__weight__` when the
+    selection has weights.
+
+    Args:
+        store: a `Store`, or its path or URL.
+        batch_size: samples of one batch of one rank, as the loader is told. With it, step b holds the same samples
+            whatever the number of ranks and workers; needed for `state_dict(steps)`.
+        shuffle: False streams in (shard, row) order.
+        seed: any non-negative integer; with the epoch it fixes the order.
+        round: a round's number, "latest" (everything while there is none), or None for everything.
+        lanes: from how many places of the dataset a batch is mixed; None for a number that depends on the number of
+            selected samples alone. Ranks that divide it read disjoint shards.
+        tail: what becomes of the last N mod ranks samples: "drop", "pad" (the first ones come again to fill up, marked
+            `__pad__`), "wrap" (the same, unmarked) or "keep" (every sample once; ranks may differ by one).
+        prepare: called with each sample dict inside the source, so that `on_error` covers it.
+        on_error: "raise", or "skip": a sample that cannot be read or prepared is logged, and another selected sample
+            takes its place (`order.substitute`), so that no rank's epoch gets shorter.
+        max_errors: how many samples may be skipped in one iteration of one worker.
+        rank, world_size: this process's part; by default `torch.distributed`'s, else 0 of 1. When they are given, each
+            process finds "latest" for itself: name the round to make sure that all read the same.
+
+    Raises:
+        UsageError: for an argument out of range.
+        NotIndexedError, RoundNotFoundError: when the store lacks what is to be streamed.
+    """
+
+    def __init__(
+        self,
+        store: Store | str | os.PathLike[str],
+        *,
+        batch_size: int | None = None,
+        shuffle: bool = True,
+        seed: int = 0,
+        round: int | str | None = "latest",
+        lanes: int | None = None,
+        tail: str = "drop",
+        prepare: Callable[[dict[str, Any]], Any] | None = None,
+        on_error: str = "raise",
+        max_errors: int = 0,
+        rank: int | None = None,
+        world_size: int | None = None,
+    ):
+        super().__init__()
+        _require_integer("batch_size", batch_size, 1, none="no batches")
+        _require_integer("seed", seed, 0)
+        _require_integer("lanes", lanes, 1, none="the default")
+        _require_integer("max_errors", max_errors, 0)
+        _require_choice("tail", tail, TAILS)
+        _require_choice("on_error", on_error, ("raise", "skip"))
+        options = Options(batch_size, bool(shuffle), seed, lanes, tail, prepare, on_error, max_errors)
+        self._round = _which(round)
+        store = store if isinstance(store, Store) else Store(store)
+        self.append(Source(store, options, _split(rank, world_size)))
+        self._publish(0, self._round)
+
+    def __repr__(self) -> str:
+        place = self._source.control.place
+        what = "everything" if place.round == EVERYTHING else f"round {place.round}"
+        return f"SelectedDataset({self._source.store.url!r}, epoch {place.epoch}, {what})"
+
+    @property
+    def _source(self) -> Source:
+        source: Source = self.pipeline[0]
+        return source
+
+    # ---- epochs ------------------------------------------------------------------------------------------------------
+
+    def set_epoch(self, epoch: int, round: int | str | _Unset | None = _UNSET) -> None:
+        """Choose the epoch, and with it the order and the round that the next iterations stream.
+
+        Reaches persistent workers and all copies that fluid calls have made, at their next iteration. After
+        `load_state_dict` it keeps the loaded position and round when `epoch` is the state's, and drops them otherwise.
+
+        Args:
+            epoch: 0, 1, …
+            round: a number, "latest" or None (everything); by default the constructor's. "latest" is looked up now;
+                under `torch.distributed` rank 0 looks and tells the others, so all ranks have to call this.
+
+        Raises:
+            UsageError: for a negative epoch, or when it is called in a worker.
+            StateError: when a loaded state of this epoch is of another round than the one asked for.
+        """
+        _require_integer("epoch", epoch, 0)
+        if get_worker_info() is not None:
+            raise UsageError(
+                "set_epoch was called in a DataLoader worker; call it in the main process, which tells all"
+            )
+        which = self._round if isinstance(round, _Unset) else _which(round)
+        place = self._source.control.place
+        if place.epoch == epoch and self._source.control.holds_position():
+            named = EVERYTHING if which is None else which
+            if named not in ("latest", place.round):
+                raise StateError(
+                    f"the state that was loaded for epoch {epoch} is of {_round_name(place.round)}, set_epoch asks for "
+                    f"{_round_name(named)}; ask for the state's, or make the dataset anew to start the epoch over"
+                )
+            return
+        self._publish(epoch, which)
+
+    def _publish(self, epoch: int, which: int | str | None) -> None:
+        number, version = self._source.resolve(which)
+        place = Place(epoch=epoch, round=number, version=version, lanes=self._source.options.lanes or 0)
+        self._source.content(place)  # here already: errors show up in the main process, forked workers inherit it
+        self._source.control.publish(place)
+
+    def __len__(self) -> int:
+        """How many samples this rank yields in the current epoch, from its start."""
+        return self._source.length()
+
+    def __iter__(self) -> Iterator[Any]:
+        """Begin an iteration of this process's share; from here on, set_epoch concerns later ones only.
+
+        Raises:
+            SampleError: when a sample, or a later stage with it, fails; names shard, row and key.
+            ShardMissingError, ShardChangedError: when a shard is gone, or not what was indexed.
+        """
+        if self.repetitions != 1:  # webdataset's with_epoch and repeat
+            return super().__iter__()  # type: ignore[no-any-return]
+        begun = self._source.begin(self._refusal())
+        if len(self.pipeline) == 1:
+            return iter(begun)
+        stream: Iterator[Any] = iter(begun)
+        for stage in self.pipeline[1:]:
+            stream = self.invoke(stage, stream)
+        return _watched(stream, begun)
+
+    # ---- stages ------------------------------------------------------------------------------------------------------
+
+    def decode(self, *args: Any, allow_pickle: bool = False, **options: Any) -> SelectedDataset:
+        """webdataset's `decode`, which unpickles nothing unless `allow_pickle=True`.
+
+        Raises (when iterating):
+            SampleError: when a member would be unpickled (pkl, pickle, pyd, pth).
+        """
+        if allow_pickle:
+            return super().decode(*args, **options)  # type: ignore[no-any-return]
+        handler = options.pop("handler", filters.reraise_exception)
+        handlers = [autodecode.ImageHandler(each) if isinstance(each, str) else each for each in args]
+        return self.map(GuardedDecoder(handlers, **options), handler=handler)  # type: ignore[no-any-return]
+
+    def xdecode(self, *args: Any, allow_pickle: bool = False, **options: Any) -> SelectedDataset:
+        """webdataset's `xdecode`, whose default patterns unpickle nothing unless `allow_pickle=True`."""
+        if not allow_pickle:
+            options.setdefault("defaults", guarded_patterns(filters.default_decoders))
+        return super().xdecode(*args, **options)  # type: ignore[no-any-return]
+
+    def batched(
+        self,
+        batchsize: int,
+        collation_fn: Callable[[list[Any]], Any] | None = filters.default_collation_fn,
+        partial: bool = True,
+    ) -> SelectedDataset:
+        """Batches of `batchsize` samples; unlike webdataset's stage it holds no sample of the next batch."""
+        return self.compose(_Batches(batchsize, collation_fn, partial))  # type: ignore[no-any-return]
+
+    def listed(self, batchsize: int, partial: bool = True) -> SelectedDataset:
+        """Lists of `batchsize` samples, not collated."""
+        return self.batched(batchsize, None, partial)
+
+    # ---- states ------------------------------------------------------------------------------------------------------
+
+    def state_dict(self, steps: int | None = None) -> State:
+        """Where the epoch stands, as a small dict that JSON can hold; the same on every rank.
+
+        Args:
+            steps: how many batches this rank has consumed in the epoch, those before a resume included. Needed when a
+                DataLoader's workers read ahead. Without workers it counts itself.
+
+        In a worker (asked by a `StatefulDataLoader`) it is the worker's own state; `global_state` makes a movable one.
+
+        Raises:
+            StateError: when it cannot be known, or a stage of the pipeline holds samples back.
+        """
+        source = self._source
+        begun = source.control.begun()
+        run = source.newest
+        in_main = get_worker_info() is None
+        running = run is not None and (not in_main or (begun is not None and not begun.in_workers))
+        refusal = (run.refusal if run is not None and running else None) or self._refusal()
+        if refusal:
+            raise StateError(refusal)
+        if not in_main:
+            return self._worker_state(run)
+        place = source.control.place
+        if begun is not None:
+            place = place._replace(start=begun.start, steps=begun.steps)
+        if steps is not None:
+            return self._state_after(place, steps)
+        if begun is None:
+            return self._state(place, place.start, place.steps)
+        if begun.in_workers or run is None:
+            raise StateError(
+                "the loader's workers read ahead, so how much was consumed is not known here: call state_dict(steps), "
+                "steps being the batches this rank has consumed in the epoch, or use torchdata's StatefulDataLoader"
+            )
+        total, most, ranks = source.left(run.place)
+        position = finished_or(run.place.start + run.yielded * ranks, run.yielded, most, total)
+        batch = source.options.batch_size
+        return self._state(run.place, position, run.place.steps + (-(-run.yielded // batch) if batch else 0))
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from `state`, on any number of ranks and workers, with any batch size.
+
+        It holds for the next iteration, and pins the round that the state names until then. A following `set_epoch` of
+        the state's epoch changes nothing; one of another epoch drops it.
+
+        Raises:
+            StateError: when the state is of another selection, dataset, seed or order; says which.
+        """
+        source = self._source
+        progress.check_state(state, {"algorithm": ALGORITHM_VERSION, "seed": source.options.seed})
+        progress.check_state(state, {"shuffle": source.options.shuffle})
+        place = Place(
+            epoch=state["epoch"],
+            round=state["round"] or EVERYTHING,
+            version=self._version_of(state),
+            lanes=state["lanes"],
+            loaded=1,
+            start=state["samples"],
+            steps=state["steps"],
+        )
+        content = source.content(place)
+        found = {"dataset": content.dataset.digest, "selection": content.selection.digest}
+        progress.check_state(state, found)
+        worker = get_worker_info()
+        if worker is None:
+            if "worker" in state:
+                raise StateError("this is one worker's state; make a movable one with SelectedDataset.global_state")
+            source.control.publish(place)
+            return
+        rank, ranks = source.split()
+        mine = {"worker": worker.id, "workers": worker.num_workers, "rank": rank, "ranks": ranks}
+        progress.check_state(state, {**mine, "batch_size": source.options.batch_size})
+        source.resumed = (place, state["yielded"])
+
+    @staticmethod
+    def global_state(loader_state: Mapping[str, Any]) -> State:
+        """A state for any number of ranks and workers from the `state_dict()` of one rank's `StatefulDataLoader`.
+
+        Raises:
+            StateError: when it is no such state, or its batches are not the dataset's `batch_size`.
+        """
+        return progress.global_state(loader_state)
+
+    def _state(self, place: Place, position: int, steps: int) -> State:
+        source = self._source
+        content = source.content(place)
+        batch = source.options.batch_size
+        return {
+            "version": progress.STATE_VERSION,
+            "algorithm": ALGORITHM_VERSION,
+            "epoch": place.epoch,
+            "round": None if place.round == EVERYTHING else place.round,
+            "samples": position,
+            "steps": steps,
+            "batch": None if batch is None else batch * source.split()[1],
+            "seed": source.options.seed,
+            "lanes": source.order_lanes(place),
+            "shuffle": source.options.shuffle,
+            "selection": content.selection.digest,
+            "dataset": content.dataset.digest,
+        }
+
+    def _state_after(self, place: Place, steps: int) -> State:
+        _require_integer("steps", steps, 0)
+        batch = self._source.options.batch_size
+        if batch is None:
+            raise UsageError("steps are counted in batches: give SelectedDataset the loader's batch_size")
+        if steps < place.steps:
+            raise StateError(
+                f"steps={steps} counts fewer batches than the {place.steps} that were consumed before this epoch was "
+                f"resumed; steps counts the batches of the whole epoch"
+            )
+        taken = (steps - place.steps) * batch
+        total, most, ranks = self._source.left(place)
+        return self._state(place, finished_or(place.start + taken * ranks, taken, most, total), steps)
+
+    def _worker_state(self, run: Pass | None) -> State:
+        if run is None:
+            raise StateError("no iteration has begun in this worker; ask for its state after that")
+        place = run.place
+        own = {
+            "worker": run.worker,
+            "workers": run.workers,
+            "rank": run.rank,
+            "ranks": run.ranks,
+            "batch_size": run.options.batch_size,
+            "tail": run.options.tail,
+            "total": run.total,
+            "yielded": run.yielded,
+        }
+        return self._state(place, place.start, place.steps) | own
+
+    def _version_of(self, state: Mapping[str, Any]) -> int:
+        """The dataset version that a state names by its digest."""
+        store = self._source.store
+        if state["round"] is not None:
+            try:
+                return int(store.round(state["round"]).manifest["dataset"]["version"])
+            except RoundNotFoundError as error:
+                raise StateError(f"the state is of round {state['round']}, which is not there: {error}") from error
+        for version in reversed(store.dataset_versions()):
+            if store.dataset(version).digest == state["dataset"]:
+                return version
+        raise StateError(
+            f"the state is of a dataset (digest {str(state['dataset'])[:12]}) that {store.url} does not hold; "
+            f"open the store that the state was made with, or start the epoch anew with set_epoch"
+        )
+
+    def _refusal(self) -> str | None:
+        """Why no state of this pipeline can be given: the first stage that holds samples back."""
+        if self.repetitions != 1:
+            return "with_epoch and repeat hide where the epoch stands: no state can be given; use set_epoch instead"
+        for stage in self.pipeline[1:]:
+            if not isinstance(stage, _Batches) and getattr(stage, "f", None) not in _PASSING:
+                return (
+                    f"the stage {_stage_name(stage)} may hold samples back, so no state can be given; do its work in "
+                    f".map or `prepare`, or leave it out (the order is shuffled already, and .batched(n) is fine)"
+                )
+        return None
+
+
+_PASSING: Final = tuple(
+    getattr(filters, name).f
+    for name in (
+        *("map", "decode", "xdecode", "to_tuple", "map_tuple", "map_dict", "rename", "rename_keys", "extract_keys"),
+        *("select", "rsample", "log_keys", "info", "associate"),
+    )
+)
+"""webdataset's stages that give at most one sample for each that they take, and keep none."""
+
+
+class _Batches:
+    """Groups samples into batches as soon as they are complete."""
+
+    def __init__(self, size: int, collate: Callable[[list[Any]], Any] | None, partial: bool):
+        _require_integer("batchsize", size, 1)
+        self.size, self.collate, self.partial = size, collate, partial
+
+    def __call__(self, stream: Iterator[Any]) -> Iterator[Any]:
+        batch: list[Any] = []
+        for sample in stream:
+            batch.append(sample)
+            if len(batch) == self.size:
+                yield batch if self.collate is None else self.collate(batch)
+                batch = []
+        if batch and self.partial:
+            yield batch if self.collate is None else self.collate(batch)
+
+
+def _watched(stream: Iterator[Any], begun: Pass) -> Iterator[Any]:
+    """Errors of later stages, with the sample that they were given last."""
+    try:
+        yield from stream
+    except DynamsError:
+        raise
+    except Exception as error:
+        raise begun.blame(error) from error
+
+
+def _stage_name(stage: Any) -> str:
+    name = getattr(getattr(stage, "f", stage), "__name__", type(stage).__name__)
+    return f".{name.lstrip('_')}" if hasattr(stage, "f") else name
+
+
+# ---- arguments -------------------------------------------------------------------------------------------------------
+
+
+def _require_integer(name: str, value: Any, least: int, none: str = "") -> None:
+    if value is None and none:
+        return
+    if isinstance(value, bool) or not isinstance(value, int) or value < least or value >= 2**63:
+        allowed = f"an integer from {least} on" + (f", or None for {none}" if none else "")
+        raise UsageError(f"{name} has to be {allowed}; got {value!r}")
+
+
+def _require_choice(name: str, value: Any, allowed: tuple[str, ...]) -> None:
+    if value not in allowed:
+        raise UsageError(f"{name} has to be one of {', '.join(map(repr, allowed))}; got {value!r}")
+
+
+def _which(value: int | str | None) -> int | str | None:
+    return value if value is None or value == "latest" else round_number(value)
+
+
+def _round_name(which: int | str) -> str:
+    return "everything (no round)" if which == EVERYTHING else f"round {which}"
+
+
+def _split(rank: int | None, world_size: int | None) -> tuple[int, int] | None:
+    if rank is None and world_size is None:
+        return None
+    if rank is None or world_size is None:
+        raise UsageError(f"rank and world_size go together; got rank={rank!r}, world_size={world_size!r}")
+    _require_integer("world_size", world_size, 1)
+    _require_integer("rank", rank, 0)
+    if rank >= world_size:
+        raise UsageError(f"rank has to be below world_size={world_size}; got {rank}")
+    return rank, world_size
