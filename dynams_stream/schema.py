@@ -27,6 +27,8 @@ IDENTITY_KEY = b"dynams_identity"
 """Parquet metadata key of a score part's identity: JSON that says what made it."""
 RECEIPT_KEY = b"dynams_receipt"
 """Parquet metadata key of a score part's receipt: JSON with its counts and seconds."""
+SHARDS_KEY = b"dynams_shards"
+"""Parquet metadata key of a member index's shards, those without samples included: JSON [first, count]."""
 
 DATASET_SCHEMA = pa.schema(
     [

@@ -1,0 +1,272 @@
+"""The member index: where every sample's members lie, one Parquet file per part.
+
+One line per sample, sorted by (shard, row); each shard starts a row group, so that reading one shard reads the footer
+and little more than its own lines. The footer also names the part's shards, since one without samples has no line.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import BinaryIO
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from dynams_stream import schema, storage
+from dynams_stream.errors import StoreError
+
+PARTS_AT_MOST = 2000
+PARTS_AT_LEAST = 16
+"""Small datasets are cut into about so many parts, to feed several workers."""
+PART_SAMPLES = 100_000
+"""Samples of a part, between the two."""
+_FOOTERS_KEPT = 64
+
+
+@dataclass(frozen=True, eq=False)
+class ShardIndex:
+    """Every sample of one shard, as flat arrays: members of row r are `starts[r]:starts[r + 1]`.
+
+    Attributes:
+        keys: key of each row.
+        starts: int64, shape (rows + 1,), position of each row's first member.
+        extensions: the distinct extensions, as webdataset yields them (lower case), in order of appearance.
+        extension_codes: int32, per member, position in `extensions`.
+        offsets: int64, per member, byte offset of its data (not of its header) in the shard.
+        sizes: int64, per member, bytes of its data.
+    """
+
+    keys: pa.StringArray
+    starts: npt.NDArray[np.int64]
+    extensions: tuple[str, ...]
+    extension_codes: npt.NDArray[np.int32]
+    offsets: npt.NDArray[np.int64]
+    sizes: npt.NDArray[np.int64]
+
+    def __len__(self) -> int:
+        """How many samples the shard holds."""
+        return len(self.starts) - 1
+
+    def members(self, row: int) -> list[tuple[str, int, int]]:
+        """(extension, offset, size) of each member of `row`, in the order of the tar file."""
+        found = slice(int(self.starts[row]), int(self.starts[row + 1]))
+        return [
+            (self.extensions[code], offset, size)
+            for code, offset, size in zip(
+                self.extension_codes[found].tolist(),
+                self.offsets[found].tolist(),
+                self.sizes[found].tolist(),
+                strict=True,
+            )
+        ]
+
+
+# ---- parts -----------------------------------------------------------------------------------------------------------
+
+
+def assign_parts(counts: npt.NDArray[np.int64]) -> npt.NDArray[np.int32]:
+    """The part of each shard: runs of consecutive shards with about max(⌈N/2000⌉, min(10⁵, ⌈N/16⌉)) samples.
+
+    A part ends before the shard that would take it further from that length than it is without it. A shard without
+    samples never begins a part, so that each part holds samples whenever the dataset does.
+
+    Args:
+        counts: int64, samples of each shard.
+
+    Returns:
+        int32, for each shard the number of its part, from 0 on.
+    """
+    total = int(counts.sum())
+    length = max(-(-total // PARTS_AT_MOST), min(PART_SAMPLES, -(-total // PARTS_AT_LEAST)))
+    parts = np.zeros(len(counts), dtype=np.int32)
+    part = held = 0
+    for shard, samples in enumerate(counts.tolist()):
+        if held and samples and held + samples - length > length - held:
+            part, held = part + 1, 0
+        parts[shard] = part
+        held += samples
+    return parts
+
+
+# ---- reading ---------------------------------------------------------------------------------------------------------
+
+
+def read_shard_index(url: str, shard: int) -> ShardIndex:
+    """One shard's index, out of its part's file; reads the footer and the shard's own row groups.
+
+    Raises:
+        StoreError: when the file is missing, is not a member index, or does not hold the shard.
+    """
+    with _open_index(url) as (file, layout):
+        if not layout.first <= shard < layout.first + layout.count:
+            raise StoreError(
+                f"{url}: holds shards {layout.first} to {layout.first + layout.count - 1}, not {shard}; "
+                f"index the dataset again"
+            )
+        return _shard_index(file.read_row_groups(layout.row_groups.get(shard, []), use_threads=False))
+
+
+def read_part_index(url: str) -> dict[int, ShardIndex]:
+    """The index of every shard of a part, keyed by shard number, in order; those without samples included.
+
+    Raises:
+        StoreError: when the file is missing or is not a member index.
+    """
+    with _open_index(url) as (file, layout):
+        table = file.read(use_threads=False)
+    lengths = [layout.rows.get(shard, 0) for shard in range(layout.first, layout.first + layout.count)]
+    stops = np.cumsum(lengths, dtype=np.int64).tolist()
+    return {
+        shard: _shard_index(table.slice(stop - length, length))
+        for shard, length, stop in zip(range(layout.first, layout.first + layout.count), lengths, stops, strict=True)
+    }
+
+
+@dataclass(frozen=True)
+class _Layout:
+    """What a part file's footer says: its shards, and each one's row groups and lines."""
+
+    metadata: pq.FileMetaData
+    first: int
+    count: int
+    row_groups: Mapping[int, list[int]]
+    rows: Mapping[int, int]
+
+
+@contextmanager
+def _open_index(url: str) -> Iterator[tuple[pq.ParquetFile, _Layout]]:
+    version = storage.version(url)
+    if not version:
+        raise StoreError(f"{url}: this part of the member index is gone; restore it, or index the dataset again")
+    try:
+        layout = _layout(url, version)
+        with (
+            storage.open_random(url) as source,
+            pq.ParquetFile(source, metadata=layout.metadata, pre_buffer=not storage.is_local(url)) as file,
+        ):
+            yield file, layout
+    except (pa.ArrowException, OSError) as error:
+        raise StoreError(f"{url}: cannot be read ({error}); restore it, or index the dataset again") from error
+
+
+@functools.lru_cache(maxsize=_FOOTERS_KEPT)
+def _layout(url: str, version: str) -> _Layout:
+    """The footer of a file that is as `version` says; kept, since a loader comes for each shard of a part in turn."""
+    with storage.open_random(url) as source:
+        metadata = pq.read_metadata(source)
+    schema.require_format(metadata.metadata, url)
+    if schema.SHARDS_KEY not in metadata.metadata:
+        raise StoreError(f"{url}: its footer names no shards, so it is no member index; index the dataset again")
+    first, count = json.loads(metadata.metadata[schema.SHARDS_KEY])
+    row_groups: dict[int, list[int]] = {}
+    rows: dict[int, int] = {}
+    for number in range(metadata.num_row_groups):
+        group = metadata.row_group(number)
+        shard = group.column(0).statistics.min
+        row_groups.setdefault(shard, []).append(number)
+        rows[shard] = rows.get(shard, 0) + group.num_rows
+    return _Layout(metadata, first, count, row_groups, rows)
+
+
+def _shard_index(table: pa.Table) -> ShardIndex:
+    lists = table["members"].combine_chunks()
+    members = lists.flatten()
+    extensions = members.field("ext").dictionary_encode()
+    return ShardIndex(
+        keys=table["key"].combine_chunks(),
+        starts=np.concatenate([np.zeros(1, np.int64), np.cumsum(lists.value_lengths().to_numpy(), dtype=np.int64)]),
+        extensions=tuple(extensions.dictionary.to_pylist()),
+        extension_codes=extensions.indices.to_numpy(),
+        offsets=members.field("offset").to_numpy(),
+        sizes=members.field("size").to_numpy(),
+    )
+
+
+# ---- writing ---------------------------------------------------------------------------------------------------------
+
+
+def write_part_index(store: str, part: int, first: int, shards: Sequence[ShardIndex]) -> str:
+    """Write a part's member index, unless the store holds the same one already.
+
+    Args:
+        store: folder or URL of the store.
+        part: its number.
+        first: number of its first shard.
+        shards: its shards, in order.
+
+    Returns:
+        The file's path, relative to the store. It names the content, so that dataset versions can share files.
+    """
+    path = schema.index_path(part, _digest(first, shards))
+    url = storage.join(store, path)
+    if not storage.exists(url):
+        with storage.atomic_writer(url) as file:
+            write_index(file, first, shards)
+    return path
+
+
+def write_index(
+    file: BinaryIO, first: int, shards: Sequence[ShardIndex], metadata: Mapping[bytes, bytes] | None = None
+) -> None:
+    """Write the member index of consecutive shards, the first one numbered `first`, to an open file."""
+    footer = {
+        **schema.INDEX_SCHEMA.metadata,
+        schema.SHARDS_KEY: json.dumps([first, len(shards)]).encode(),
+        **(metadata or {}),
+    }
+    with pq.ParquetWriter(
+        file,
+        schema.INDEX_SCHEMA,
+        compression="zstd",
+        use_dictionary=["members.list.element.ext"],
+        column_encoding=schema.encodings(schema.INDEX_SCHEMA),
+        write_statistics=["shard"],  # the footer, read for every shard, is a third shorter without the others
+        store_schema=False,
+    ) as writer:
+        for shard, index in enumerate(shards, first):
+            if len(index):
+                writer.write_table(_table(shard, index), row_group_size=schema.ROW_GROUP_ROWS)
+        writer.add_key_value_metadata({key.decode(): value.decode() for key, value in footer.items()})
+
+
+def _table(shard: int, index: ShardIndex) -> pa.Table:
+    rows = len(index)
+    extensions = pa.DictionaryArray.from_arrays(index.extension_codes, pa.array(index.extensions, pa.string()))
+    members = pa.StructArray.from_arrays(
+        [extensions.cast(pa.string()), pa.array(index.offsets), pa.array(index.sizes)],
+        fields=list(schema.MEMBER_TYPE),
+    )
+    return pa.table(
+        [
+            pa.array(np.full(rows, shard, dtype=np.int32)),
+            pa.array(np.arange(rows, dtype=np.int32)),
+            index.keys,
+            pa.ListArray.from_arrays(
+                pa.array(index.starts.astype(np.int32)), members, type=schema.INDEX_SCHEMA.field("members").type
+            ),
+        ],
+        schema=schema.INDEX_SCHEMA,
+    )
+
+
+def _digest(first: int, shards: Sequence[ShardIndex]) -> str:
+    """First 12 hex digits of the SHA-256 of all that the shards' indexes say, however it is encoded."""
+    digest = hashlib.sha256(json.dumps([schema.FORMAT_VERSION, first, len(shards)]).encode())
+    for index in shards:
+        keys = "".join(index.keys.to_pylist()).encode()
+        key_bytes = np.diff(np.frombuffer(index.keys.buffers()[1], np.int32)[index.keys.offset :][: len(index) + 1])
+        digest.update(json.dumps([len(index), len(keys), list(index.extensions)]).encode())
+        digest.update(keys)
+        digest.update(key_bytes.astype("<i4").tobytes())
+        for array, kind in (
+            (index.starts, "<i8"), (index.extension_codes, "<i4"), (index.offsets, "<i8"), (index.sizes, "<i8")
+        ):  # fmt: skip
+            digest.update(array.astype(kind).tobytes())
+    return digest.hexdigest()[:12]
