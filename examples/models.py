@@ -8,8 +8,8 @@ from PIL import Image
 from torch import Tensor, nn
 
 
-def small_cnn(channels: int = 1, classes: int = 10, width: int = 32) -> nn.Module:
-    """Three convolutions with batch normalisation, global pooling, one linear layer."""
+def small_cnn(channels: int = 1, classes: int = 10, width: int = 32, stride: int = 1) -> nn.Module:
+    """Three convolutions with batch normalisation, global pooling, one linear layer; `stride` is the first one's."""
 
     def block(inputs: int, outputs: int, stride: int) -> list[nn.Module]:
         return [
@@ -19,7 +19,7 @@ def small_cnn(channels: int = 1, classes: int = 10, width: int = 32) -> nn.Modul
         ]
 
     return nn.Sequential(
-        *block(channels, width, 1),
+        *block(channels, width, stride),
         *block(width, 2 * width, 2),
         *block(2 * width, 4 * width, 2),
         nn.AdaptiveAvgPool2d(1),
