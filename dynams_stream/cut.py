@@ -36,8 +36,11 @@ MOST_CLASSES = 100_000
 """With more distinct labels than this, they are no classes and are not counted."""
 
 _BINS = 1 << 16
+_SIGN = np.uint32(0x80000000)
+_INFINITY = np.uint32(0x7F800000)
 _Keys = npt.NDArray[np.uint32]
 _Counts = npt.NDArray[np.int64]
+_Labels = npt.NDArray[np.int32] | npt.NDArray[np.int64]
 
 
 # ---- public values ---------------------------------------------------------------------------------------------------
@@ -128,10 +131,10 @@ def score_keys(scores: npt.NDArray[np.float32]) -> _Keys:
     bits of the latter. Done on integers, so that denormal scores keep their order whatever the processor's float mode.
     """
     bits = np.ascontiguousarray(scores, dtype=np.float32).view(np.uint32)
-    magnitude = bits & np.uint32(0x7FFFFFFF)
-    negative = bits > np.uint32(0x80000000)  # −0.0 counts as positive
-    keys = np.where(negative, ~bits, magnitude | np.uint32(0x80000000))
-    keys[magnitude > np.uint32(0x7F800000)] = NOT_SCORED
+    keys = bits | _SIGN  # of −0.0 as well, which so gets the key of +0.0
+    if bits.max(initial=0) > _INFINITY:  # else all are scored and none is negative: the usual case of a distance
+        np.invert(bits, out=keys, where=bits > _SIGN)
+        keys[(bits & ~_SIGN) > _INFINITY] = NOT_SCORED
     return keys
 
 
@@ -187,14 +190,14 @@ class _Candidates:
     Attributes:
         positions: uint32, ascending places in the part.
         ties: uint32, which of `positions` are ties.
-        tie_labels: int64, the label of each tie, or `_NO_LABEL`.
+        tie_labels: the label of each tie, or `_NO_LABEL`.
         all_labels: distinct labels of the part, and how often each occurs.
         below_labels: the same for the samples below the threshold.
     """
 
     positions: npt.NDArray[np.uint32]
     ties: npt.NDArray[np.uint32]
-    tie_labels: _Counts
+    tie_labels: _Labels
     all_labels: tuple[_Counts, _Counts]
     below_labels: tuple[_Counts, _Counts]
 
@@ -225,14 +228,13 @@ def _compact(histogram: npt.NDArray[np.intp], scored: int) -> _Histogram:
 
 def _candidates(part: ScorePart, strategy: Strategy, threshold: int, quota: int) -> _Candidates:
     """Pass 3: the samples with a key below `threshold`, and the first `quota` with exactly that key."""
-    labels = np.empty(0, dtype=np.int64)
+    labels: _Labels = np.empty(0, dtype=np.int64)
     if strategy.seed is not None:
         keys = _part_keys(part, strategy)
     else:
         table = _read(part, (*strategy.columns, "label"))
         keys = _table_keys(table, strategy)
-        if table["label"].null_count < len(table):
-            labels = table["label"].cast(pa.int64()).fill_null(_NO_LABEL).to_numpy()
+        labels = _labels(table["label"])
     below = keys < threshold
     tied = np.flatnonzero(keys == threshold)[:quota]
     chosen = below.copy()
@@ -247,18 +249,25 @@ def _candidates(part: ScorePart, strategy: Strategy, threshold: int, quota: int)
     )
 
 
-def _count_labels(labels: _Counts) -> tuple[_Counts, _Counts]:
+def _labels(column: pa.ChunkedArray) -> _Labels:
+    """The label of each line, or `_NO_LABEL`; empty when no line has one."""
+    if column.null_count == len(column):
+        return np.empty(0, dtype=np.int64)
+    if column.null_count == 0:
+        return column.to_numpy()  # type: ignore[no-any-return]
+    return column.cast(pa.int64()).fill_null(_NO_LABEL).to_numpy()  # type: ignore[no-any-return]
+
+
+def _count_labels(labels: _Labels) -> tuple[_Counts, _Counts]:
     """Distinct labels, ascending, and how often each occurs; `_NO_LABEL` is left out."""
-    known = labels[labels != _NO_LABEL]
-    if not len(known):
-        return known, known
-    lowest = int(known.min())
-    if int(known.max()) - lowest >= _BINS * 16:
-        values, counts = np.unique(known, return_counts=True)
-        return values, counts.astype(np.int64)
-    histogram = np.bincount(known - lowest)  # linear, where `unique` sorts
-    present = np.flatnonzero(histogram)
-    return present + lowest, histogram[present].astype(np.int64)
+    if len(labels) and labels.min() == _NO_LABEL:
+        labels = labels[labels != _NO_LABEL]
+    if len(labels) and labels.min() >= 0 and labels.max() < _BINS * 16:
+        histogram = np.bincount(labels)  # linear, where `unique` sorts
+        values = np.flatnonzero(histogram)
+        return values, histogram[values].astype(np.int64)
+    values, counts = np.unique(labels, return_counts=True)
+    return values.astype(np.int64), counts.astype(np.int64)
 
 
 def _part_keys(part: ScorePart, strategy: Strategy) -> _Keys:
@@ -303,9 +312,20 @@ def _read(part: ScorePart, columns: Sequence[str]) -> pa.Table:
 
 def _require_lines(part: ScorePart, table: pa.Table) -> None:
     """The table's lines are the part's samples in the order (shard, row)."""
-    shards = np.arange(part.first_shard, part.first_shard + len(part.counts), dtype=np.int32)
-    same_shards = np.array_equal(table["shard"].to_numpy(), np.repeat(shards, part.counts))
-    if not (same_shards and np.array_equal(table["row"].to_numpy(), _rows_of(part.counts))):
+    shards, rows = table["shard"].to_numpy(), table["row"].to_numpy()
+    filled = np.flatnonzero(part.counts)
+    ends = np.cumsum(part.counts)[filled]
+    starts = ends - part.counts[filled]
+    steps = rows[1:] == rows[:-1] + 1
+    steps[starts[1:] - 1] = True  # a new shard begins
+    same = (
+        steps.all()
+        and not rows[starts].any()
+        and np.array_equal(shards[starts], part.first_shard + filled)
+        and np.array_equal(shards[ends - 1], part.first_shard + filled)
+        and (shards[1:] >= shards[:-1]).all()
+    )
+    if not same:
         raise StoreError(
             f"{part.url}: its lines are not the samples of part {part.number} in the order of (shard, row); "
             f"remove that file and run dynams score again"
