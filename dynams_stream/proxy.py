@@ -18,12 +18,12 @@ import os
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
-from safetensors.torch import save as safetensors_bytes
 from torch import Tensor, nn
 
+from dynams_stream.checkpoint import save_weights
 from dynams_stream.errors import UnsupportedLayerError, UsageError
 from dynams_stream.slimming import LayerPlan, plan_slimming
-from dynams_stream.storage import absolute, write_bytes
+from dynams_stream.storage import absolute
 from dynams_stream.tracing import copy_module, find_head, plain_kind
 
 __all__ = ["ParameterSharingProxy", "find_head", "slim_architecture"]
@@ -96,9 +96,7 @@ class ParameterSharingProxy(nn.Module):
         }
         if epoch is not None:
             metadata["epoch"] = str(epoch)
-        # Each tensor is cloned because safetensors refuses entries that share memory, as tied layers do.
-        tensors = {name: tensor.detach().cpu().clone() for name, tensor in self.slim().state_dict().items()}
-        write_bytes(absolute(path), safetensors_bytes(tensors, metadata))
+        save_weights(self.slim(), absolute(path), metadata)
 
     def extra_repr(self) -> str:
         return f"width={self.width}, head={self.head!r}"
