@@ -19,8 +19,9 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from dynams_stream import cut, schema, storage
-from dynams_stream.cut import CutResult, ScorePart, exact_cut, key_score, random_keys, score_keys
+from dynams_stream import schema, storage
+from dynams_stream.cut import CutResult, ScorePart, exact_cut
+from dynams_stream.cut_part import NOT_SCORED, key_score, random_keys, score_keys
 from dynams_stream.errors import ScoresIncompleteError, SelectionError, StoreError, UsageError
 from dynams_stream.ordered_map import ordered_thread_map
 from dynams_stream.selection import Selection
@@ -320,8 +321,8 @@ def test_keys_have_the_order_of_scores(scores: list[float]) -> None:
 
 def test_every_nan_is_not_scored() -> None:
     bits = np.array([0x7FC00000, 0xFFC00000, 0x7F800001, 0xFF800001, 0x7FFFFFFF, 0xFFFFFFFF], dtype=np.uint32)
-    assert (score_keys(bits.view(np.float32)) == cut.NOT_SCORED).all()
-    assert score_keys(np.array([np.inf], dtype=np.float32))[0] < cut.NOT_SCORED
+    assert (score_keys(bits.view(np.float32)) == NOT_SCORED).all()
+    assert score_keys(np.array([np.inf], dtype=np.float32))[0] < NOT_SCORED
 
 
 # ---- random ----------------------------------------------------------------------------------------------------------
