@@ -84,7 +84,7 @@ class CutResult:
         finite = self.threshold is None or math.isfinite(self.threshold)
         return {
             "strategy": self.strategy,
-            "fraction": self.fraction,
+            "fraction": float(self.fraction),
             "threshold": self.threshold if finite else str(self.threshold),
             "ties": {"at_threshold": self.ties, "taken": self.ties_taken},
             "counts": {

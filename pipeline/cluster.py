@@ -1,8 +1,8 @@
 """The only place where a Dask client is made or closed.
 
 Without a client or a scheduler's address, a local cluster is started in a process of its own
-(`pipeline.local_cluster`). So a training script needs no `if __name__ == "__main__"` guard, and the cluster goes away with its parent however that
-one ends, SIGKILL included: it waits for the end of its standard input.
+(`pipeline.local_cluster`). So a training script needs no `if __name__ == "__main__"` guard, and the cluster goes away
+with its parent however that one ends, SIGKILL included: it waits for the end of its standard input.
 """
 
 from __future__ import annotations
@@ -23,11 +23,6 @@ logger = logging.getLogger(__name__)
 
 CONNECT_SECONDS = 10
 WORKER_SECONDS = 60
-
-
-def available_cores() -> int:
-    """Cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else (os.cpu_count() or 1)
 
 
 @contextmanager

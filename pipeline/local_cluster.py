@@ -6,12 +6,13 @@ Prints one JSON line with the scheduler's address, then lives until its standard
 from __future__ import annotations
 
 import json
-import os
 import sys
 
 import dask
 import torch
 from distributed import LocalCluster
+
+from pipeline.cores import available_cores
 
 # Scores are not kept in Dask's memory, so there is nothing to spill; pausing would only stall a worker whose decoded
 # batches fill its memory for a moment.
@@ -26,14 +27,14 @@ WORKER_SETTINGS = {
 
 def cores_per_worker(workers: int) -> int:
     """Cores each of `workers` processes may keep busy."""
-    return max(1, len(os.sched_getaffinity(0)) // workers)
+    return max(1, available_cores() // workers)
 
 
 def main() -> None:
     """Start the cluster, say where it is, wait for the end of standard input, stop it."""
     options = json.loads(sys.argv[1])
     gpus = torch.cuda.device_count() if options["device"].startswith("cuda") else 0
-    workers = options["workers"] or gpus or len(os.sched_getaffinity(0))
+    workers = options["workers"] or gpus or available_cores()
     dask.config.set(WORKER_SETTINGS)
     with LocalCluster(
         n_workers=workers,

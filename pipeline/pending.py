@@ -14,7 +14,7 @@ from dynams_stream import schema, storage
 from dynams_stream.errors import StoreError
 from dynams_stream.ordered_map import ordered_thread_map
 from dynams_stream.store import Store
-from pipeline.score_job import Receipt
+from pipeline.receipt import Receipt
 
 FOOTER_THREADS = 8
 

@@ -28,9 +28,11 @@ from dynams_stream.index import read_shard_index
 from dynams_stream.proxy import ParameterSharingProxy
 from dynams_stream.scorer import ScorerSpec, build_network
 from dynams_stream.store import Dataset, Round, Store
-from pipeline.cluster import available_cores, dask_client, worker_threads
+from pipeline.cluster import dask_client, worker_threads
+from pipeline.cores import available_cores
 from pipeline.pending import finished_parts, scored_round
-from pipeline.score_job import PartTask, Receipt, part_tasks, score_part
+from pipeline.receipt import Receipt, total_seconds
+from pipeline.score_job import PartTask, part_tasks, score_part
 from pipeline.select_job import select_round
 
 logger = logging.getLogger(__name__)
@@ -55,6 +57,43 @@ class ScoreProgress:
     failed: int
     resumed: int
     seconds: Mapping[str, float]
+
+
+@dataclass(frozen=True)
+class ScorePlan:
+    """What a scoring job would do.
+
+    Attributes:
+        dataset: what is scored.
+        spec: the scorer with input and label settled.
+        checkpoint_sha256: digest of the weights.
+        identity: what decides the tables' content.
+        number: the round whose tables are continued; None when a new one will be opened.
+        receipts: of the parts that are done.
+    """
+
+    dataset: Dataset
+    spec: ScorerSpec
+    checkpoint_sha256: str
+    identity: Mapping[str, Any]
+    number: int | None
+    receipts: Mapping[int, Receipt]
+
+    @property
+    def pending(self) -> tuple[int, ...]:
+        """Numbers of the parts that are still to be scored."""
+        return tuple(part.number for part in self.dataset.parts if part.number not in self.receipts)
+
+    @property
+    def pending_samples(self) -> int:
+        """Samples in those parts."""
+        return sum(self.dataset.parts[number].samples for number in self.pending)
+
+    @property
+    def pending_bytes(self) -> int:
+        """Bytes of the shards in those parts: about what will be read."""
+        parts = [self.dataset.parts[number] for number in self.pending]
+        return sum(int(self.dataset.sizes[part.first_shard : part.first_shard + part.shards].sum()) for part in parts)
 
 
 @dataclass(frozen=True)
@@ -156,22 +195,19 @@ def score_round(
         ScoringError: when parts failed, or too many samples did; finished parts are kept.
     """
     began = time.perf_counter()
-    dataset = store.dataset()
-    spec = scorer.resolved(first_extensions(store, dataset))
-    sha256 = checkpoint_digest(checkpoint)
-    identity = round_identity(dataset, spec, sha256)
-    number = scored_round(store, identity)
-    if number is None:
-        number = store.claim_round(identity)
+    plan = plan_round(store, scorer, checkpoint)
+    dataset, spec = plan.dataset, plan.spec
+    number = plan.number if plan.number is not None else store.claim_round(plan.identity)
     storage.remove_leftovers(store.path(schema.scores_folder(number)))
-    receipts = {part: done.receipt for part, done in finished_parts(store, number).items() if done.identity == identity}
-    resumed = dict(receipts)
+    receipts, resumed = dict(plan.receipts), plan.receipts
     provenance = {
         "checkpoint": checkpoint,
         "epoch": epoch if epoch is not None else checkpoint_epoch(checkpoint),
         "started": datetime.now(UTC).isoformat(timespec="seconds"),
     }
-    tasks = part_tasks(store, dataset, number, spec, checkpoint, sha256, identity, provenance, device)
+    tasks = part_tasks(
+        store, dataset, number, spec, checkpoint, plan.checkpoint_sha256, plan.identity, provenance, device
+    )
     pending = [task for task in tasks if task.part.number not in receipts]
     limit = max_errors if max_errors is not None else max(10, dataset.samples // 100)
     if pending:
@@ -192,10 +228,22 @@ def score_round(
         failed=sum(receipt.failed for receipt in receipts.values()),
         parts=len(dataset.parts),
         resumed_parts=len(resumed),
-        seconds=_sum_seconds(fresh),
+        seconds=total_seconds(fresh),
         wall_seconds=time.perf_counter() - began,
         errors=_first_errors(receipts),
     )
+
+
+def plan_round(store: Store, scorer: ScorerSpec, checkpoint: str) -> ScorePlan:
+    """What `score_round` would do; writes nothing."""
+    dataset = store.dataset()
+    spec = scorer.resolved(first_extensions(store, dataset))
+    sha256 = checkpoint_digest(checkpoint)
+    identity = round_identity(dataset, spec, sha256)
+    number = scored_round(store, identity)
+    done = {} if number is None else finished_parts(store, number)
+    receipts = {part: found.receipt for part, found in done.items() if found.identity == identity}
+    return ScorePlan(dataset, spec, sha256, identity, number, receipts)
 
 
 def round_identity(dataset: Dataset, spec: ScorerSpec, checkpoint_sha256: str) -> dict[str, Any]:
@@ -339,21 +387,13 @@ def _first_errors(receipts: Mapping[int, Receipt]) -> tuple[str, ...]:
     return tuple(error for part in sorted(receipts) for error in receipts[part].errors)[:20]
 
 
-def _sum_seconds(receipts: list[Receipt]) -> dict[str, float]:
-    totals = {"read": 0.0, "decode": 0.0, "forward": 0.0, "write": 0.0}
-    for receipt in receipts:
-        for name, seconds in receipt.seconds.items():
-            totals[name] += seconds
-    return totals
-
-
 def _progress(dataset: Dataset, receipts: Mapping[int, Receipt], resumed: Mapping[int, Receipt]) -> ScoreProgress:
     return ScoreProgress(
         samples=dataset.samples,
         done=sum(receipt.samples for receipt in receipts.values()),
         failed=sum(receipt.failed for receipt in receipts.values()),
         resumed=sum(receipt.samples for receipt in resumed.values()),
-        seconds=_sum_seconds([receipt for part, receipt in receipts.items() if part not in resumed]),
+        seconds=total_seconds([receipt for part, receipt in receipts.items() if part not in resumed]),
     )
 
 

@@ -29,6 +29,7 @@ from dynams_stream.index import ShardIndex, read_part_index
 from dynams_stream.ordered_map import ordered_thread_map
 from dynams_stream.scorer import Scorer, ScorerSpec
 from dynams_stream.store import Dataset, Part, Store
+from pipeline.receipt import STEPS, Receipt
 
 READ_BYTES = 8 << 20
 """Bytes of one sequential read; a part needs nearly every byte of its shards."""
@@ -65,27 +66,6 @@ class PartTask:
     identity: str
     provenance: Mapping[str, Any]
     device: str
-
-
-@dataclass(frozen=True)
-class Receipt:
-    """What one scored part reports; it is kept in the table's metadata.
-
-    Attributes:
-        part: number of the part.
-        samples: lines written, one per sample.
-        failed: lines without scores.
-        seconds: read, decode, forward, write (thread seconds, so their sum can exceed the wall time).
-        errors: the first failed samples, each with shard, row, key and reason.
-        provenance: what is recorded but does not decide the scores: checkpoint's path, epoch, start.
-    """
-
-    part: int
-    samples: int
-    failed: int
-    seconds: Mapping[str, float]
-    errors: tuple[str, ...] = ()
-    provenance: Mapping[str, Any] = field(default_factory=dict)
 
 
 def part_tasks(
@@ -193,7 +173,7 @@ class _Clock:
     """Seconds by name, added up from several threads."""
 
     def __init__(self) -> None:
-        self.seconds: dict[str, float] = {"read": 0.0, "decode": 0.0, "forward": 0.0, "write": 0.0}
+        self.seconds: dict[str, float] = dict.fromkeys(STEPS, 0.0)
         self._lock = threading.Lock()
 
     def timed(self, name: str) -> _Timed:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -16,8 +15,9 @@ from dynams_stream.ordered_map import ordered_thread_map
 from dynams_stream.selection import selected_count
 from dynams_stream.store import Dataset, Round, Store
 from dynams_stream.strategy import Strategy
-from pipeline.cluster import available_cores
+from pipeline.cores import available_cores
 from pipeline.pending import FinishedPart, finished_parts, newest_scores
+from pipeline.receipt import total_seconds
 
 
 @dataclass(frozen=True)
@@ -71,7 +71,7 @@ def select_round(
         destination=store.path(schema.selection_path(number)),
         ordered_map=ordered_thread_map(workers or available_cores()),
     )
-    manifest = _manifest(store, dataset, number, scored, parts, fraction, chosen, result, started)
+    manifest = _manifest(store, dataset, number, scored, parts, result, started)
     return SelectResult(store.publish(number, manifest), published=True)
 
 
@@ -153,8 +153,6 @@ def _manifest(
     number: int,
     scored: int | None,
     parts: Mapping[int, FinishedPart],
-    fraction: float | str,
-    strategy: Strategy,
     result: CutResult,
     started: str,
 ) -> dict[str, Any]:
@@ -169,38 +167,16 @@ def _manifest(
         "checkpoint": {"path": provenance["checkpoint"], "sha256": first.identity["checkpoint"]} if first else None,
         "epoch": provenance.get("epoch"),
         "scorer": first.identity["scorer"] if first else None,
-        "strategy": str(strategy),
-        "fraction": float(fraction),
-        "threshold": _json_number(result.threshold),
-        "ties": {"at_threshold": result.ties, "selected": result.ties_taken},
-        "counts": {
-            "all": result.samples,
-            "scored": result.scored,
-            "failed": result.failed,
-            "selected": result.selected,
-        },
-        "classes": {str(label): dict(counts) for label, counts in sorted(result.per_class.items())},
-        "selection": {"sha256": result.sha256},
+        **result.for_manifest(),
         "scores_of": None if scored in (None, number) else scored,
         "score_parts": sorted(parts),
         "library": library_version(),
         "started": provenance.get("started", started),
         "ended": _now(),
-        "seconds": _total_seconds(parts),
+        "seconds": {
+            name: round(seconds, 3) for name, seconds in total_seconds(part.receipt for part in parts.values()).items()
+        },
     }
-
-
-def _total_seconds(parts: Mapping[int, FinishedPart]) -> dict[str, float]:
-    totals = {"read": 0.0, "decode": 0.0, "forward": 0.0, "write": 0.0}
-    for part in parts.values():
-        for name, seconds in part.receipt.seconds.items():
-            totals[name] += seconds
-    return {name: round(seconds, 3) for name, seconds in totals.items()}
-
-
-def _json_number(value: float | None) -> float | str | None:
-    """JSON has no infinity; it is written as the word."""
-    return value if value is None or math.isfinite(value) else str(value)
 
 
 def library_version() -> str:

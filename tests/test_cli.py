@@ -152,3 +152,19 @@ def test_a_clean_stop_keeps_what_is_done(tmp_path: Path, checkpoint: Path, how: 
     done = len(list(folder.glob("part-*")))
     finished = dynams(*command[3:], "--json")
     assert json.loads(finished.stdout)["resumed_parts"] >= done
+
+
+def test_a_dry_run_tells_and_does_nothing(tmp_path: Path, checkpoint: Path) -> None:
+    dynams(
+        "shard", "--dataset", "digits", "--out", tmp_path / "d", "--store", tmp_path / "s", "--samples-per-shard", 500
+    )
+    store = ["--store", str(tmp_path / "s")]
+    plan = json.loads(dynams("score", *store, *SCORING, "--checkpoint", checkpoint, "--dry-run", "--json").stdout)
+    assert (plan["round"], plan["pending_samples"], plan["pending_parts"]) == (None, 1437, 3)
+    assert plan["pending_bytes"] == sum(path.stat().st_size for path in (tmp_path / "d").glob("*.tar"))
+    assert json.loads(dynams("select", *store, "--fraction", "0.1", "--dry-run", "--json").stdout)["selected"] == 144
+    assert (
+        "would index 3 shards" in dynams("index", tmp_path / "d/*.tar", "--store", tmp_path / "n", "--dry-run").stdout
+    )
+    assert not (tmp_path / "n").exists()
+    assert not (tmp_path / "s" / "rounds").exists()

@@ -251,8 +251,8 @@ def test_a_killed_job_goes_on_and_ends_with_the_same_tables(
     build_index(store, digit_shards)
     command = [
         sys.executable, "-m", "tools.score_shards", "--store", store.url, "--model", "toy_models:linear",
-        "--input", "png", "--label", "cls", "--transform", "toy_models:slow_gray", "--checkpoint", checkpoint, "--batch-size", "37",
-        "--workers", "1", "--json",
+        "--input", "png", "--label", "cls", "--transform", "toy_models:slow_gray", "--checkpoint", checkpoint,
+        "--batch-size", "37", "--workers", "1", "--json",
     ]  # fmt: skip
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), *sys.path])}
     process = subprocess.Popen(command, env=environment, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)

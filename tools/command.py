@@ -139,6 +139,7 @@ ConfigOption = Annotated[
         help="TOML file with values for these options, by their names; flags win over it.",
     ),
 ]
+DryRunOption = Annotated[bool, typer.Option("--dry-run", help="Tell what would be done, and do nothing.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print the result as one JSON object on stdout.")]
 DebugOption = Annotated[bool, typer.Option("--debug", help="Show a traceback with an error.")]
 WorkersOption = Annotated[

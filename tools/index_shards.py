@@ -8,7 +8,17 @@ import typer
 
 from dynams_stream.store import Store
 from pipeline.index_job import IndexReport, build_index, expand_shards
-from tools.command import ConfigOption, DebugOption, JsonOption, StoreOption, WorkersOption, progress_bar, run, show
+from tools.command import (
+    ConfigOption,
+    DebugOption,
+    DryRunOption,
+    JsonOption,
+    StoreOption,
+    WorkersOption,
+    progress_bar,
+    run,
+    show,
+)
 
 app = typer.Typer(add_completion=False)
 
@@ -20,6 +30,7 @@ def index(
     ],
     store: StoreOption,
     workers: WorkersOption = None,
+    dry_run: DryRunOption = False,
     config: ConfigOption = None,
     json: JsonOption = False,
     debug: DebugOption = False,
@@ -29,6 +40,9 @@ def index(
     Example: dynams index 'data/train-{000000..000099}.tar' --store runs/a
     """
     urls = expand_shards(shards)
+    if dry_run:
+        show({"shards": len(urls), "store": store}, f"would index {len(urls):,} shards into {store}", json)
+        return
     with progress_bar("index", "shards") as report:
         result = build_index(Store(store), urls, workers=workers, progress=report)
     show(as_dict(result), in_words(result, store), json)

@@ -8,8 +8,18 @@ import typer
 
 from dynams_stream import storage
 from dynams_stream.store import Store
-from pipeline.rounds import ScoredRound, first_extensions, score_round
-from tools.command import ConfigOption, DebugOption, JsonOption, StoreOption, WorkersOption, run, say, show
+from pipeline.rounds import ScoredRound, ScorePlan, first_extensions, plan_round, score_round
+from tools.command import (
+    ConfigOption,
+    DebugOption,
+    DryRunOption,
+    JsonOption,
+    StoreOption,
+    WorkersOption,
+    run,
+    say,
+    show,
+)
 from tools.scoring_options import (
     BatchSizeOption,
     DeviceOption,
@@ -47,6 +57,7 @@ def score(
     workers: WorkersOption = None,
     device: DeviceOption = "cpu",
     max_errors: MaxErrorsOption = None,
+    dry_run: DryRunOption = False,
     config: ConfigOption = None,
     json: JsonOption = False,
     debug: DebugOption = False,
@@ -62,12 +73,37 @@ def score(
     settled = spec.resolved(first_extensions(target, target.dataset()))
     if input is None or label is None:
         say(f"input: {settled.input}, label: {settled.label or 'none'} (as the first shard shows)")
+    if dry_run:
+        plan = plan_round(target, settled, storage.absolute(checkpoint))
+        show(plan_as_dict(plan), plan_in_words(plan, store), json)
+        return
     with scoring_progress() as progress:
         result = score_round(
             target, settled, checkpoint=storage.absolute(checkpoint), epoch=epoch, scheduler=scheduler,
             workers=workers, device=device, max_errors=max_errors, progress=progress,
         )  # fmt: skip
     show(as_dict(result), in_words(result, store), json)
+
+
+def plan_as_dict(plan: ScorePlan) -> dict[str, object]:
+    """What would be done, for `--json`."""
+    return {
+        "round": plan.number,
+        "parts": len(plan.dataset.parts),
+        "pending_parts": len(plan.pending),
+        "samples": plan.dataset.samples,
+        "pending_samples": plan.pending_samples,
+        "pending_bytes": plan.pending_bytes,
+    }
+
+
+def plan_in_words(plan: ScorePlan, store: str) -> str:
+    """What would be done, for people."""
+    where = "a new round" if plan.number is None else f"round {plan.number}"
+    return (
+        f"{store}: would score {plan.pending_samples:,} of {plan.dataset.samples:,} samples into {where}: "
+        f"{len(plan.pending):,} of {len(plan.dataset.parts):,} parts, {plan.pending_bytes / 1e6:,.1f} MB of shards"
+    )
 
 
 def as_dict(result: ScoredRound) -> dict[str, object]:

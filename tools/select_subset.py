@@ -6,9 +6,11 @@ from typing import Annotated
 
 import typer
 
+from dynams_stream.selection import selected_count
 from dynams_stream.store import Round, Store
+from dynams_stream.strategy import Strategy
 from pipeline.select_job import SelectResult, select_round
-from tools.command import ConfigOption, DebugOption, JsonOption, StoreOption, WorkersOption, run, show
+from tools.command import ConfigOption, DebugOption, DryRunOption, JsonOption, StoreOption, WorkersOption, run, show
 
 app = typer.Typer(add_completion=False)
 
@@ -33,6 +35,7 @@ def select(
         int | None, typer.Option("--round", min=1, help="Round whose score tables to cut. Default: the newest.")
     ] = None,
     workers: WorkersOption = None,
+    dry_run: DryRunOption = False,
     config: ConfigOption = None,
     json: JsonOption = False,
     debug: DebugOption = False,
@@ -41,6 +44,13 @@ def select(
 
     Example: dynams select --store runs/a --fraction 0.3
     """
+    if dry_run:
+        samples = Store(store).dataset().samples
+        count = selected_count(fraction, samples)
+        chosen = str(Strategy.parse(strategy))
+        words = f"{store}: would select {count:,} of {samples:,} samples by {chosen}, fewer if fewer have scores"
+        show({"selected": count, "samples": samples, "strategy": chosen}, words, json)
+        return
     result = select_round(Store(store), fraction=fraction, strategy=strategy, scores_of=round, workers=workers)
     show(as_dict(result), in_words(result, store), json)
 
