@@ -36,6 +36,7 @@ class Place(NamedTuple):
         loaded: 1 when it comes from a state, and `start` and the round are to be kept until an iteration has begun.
         start: global position to start at.
         steps: batches that each rank had consumed before `start`.
+        chosen: 1 when set_epoch chose the epoch.
     """
 
     serial: int = 0
@@ -46,6 +47,7 @@ class Place(NamedTuple):
     loaded: int = 0
     start: int = 0
     steps: int = 0
+    chosen: int = 0
 
     def from_the_beginning(self) -> Place:
         """The same epoch from its first sample on."""

@@ -206,8 +206,9 @@ class Source(PipelineStage):  # type: ignore[misc]
         """
         place, yielded = self.control.begin(), 0
         if self.resumed is not None:
-            (place, yielded), serial, self.resumed = self.resumed, place.serial, None
-            self.control.mark_begun(place._replace(serial=serial))
+            told, (place, yielded), self.resumed = place, self.resumed, None
+            self.control.mark_begun(place._replace(serial=told.serial))
+            warn_of_other_epoch(told, place)
         self.newest = Pass(self, place, yielded, refusal)
         return self.newest
 
@@ -310,6 +311,17 @@ class Pass:
         if not 0 <= number < len(self._records):
             return SampleError(f"a stage of the pipeline failed before it got a sample: {_told(error)}")
         return name_error(error, self._records[number])
+
+
+def warn_of_other_epoch(told: Place, resumed: Place) -> None:
+    """Say so when a state goes on with another epoch than the one that set_epoch chose."""
+    if told.chosen and told.epoch != resumed.epoch:
+        logger.warning(
+            "set_epoch chose epoch %d, but the state that was loaded since goes on with epoch %d from sample %d",
+            told.epoch,
+            resumed.epoch,
+            resumed.start,
+        )
 
 
 def name_error(error: Exception, record: Record) -> DynamsError:

@@ -16,7 +16,8 @@ from dynams_stream.errors import DynamsError, RoundNotFoundError, StateError, Us
 from dynams_stream.order import ALGORITHM_VERSION, TAILS
 from dynams_stream.pickle_guard import GuardedDecoder, guarded_patterns
 from dynams_stream.progress import EVERYTHING, Place, State, finished_or
-from dynams_stream.source import Options, Pass, Source
+from dynams_stream.source import Options, Pass, Source, warn_of_other_epoch
+from dynams_stream.stages import Batches, holds_back, stage_name
 from dynams_stream.store import Store, round_number
 
 
@@ -88,7 +89,7 @@ class SelectedDataset(DataPipeline, FluidInterface):  # type: ignore[misc]
         self._round = _which(round)
         store = store if isinstance(store, Store) else Store(store)
         self.append(Source(store, options, _split(rank, world_size)))
-        self._publish(0, self._round)
+        self._publish(0, self._round, chosen=False)
 
     def __repr__(self) -> str:
         place = self._source.control.place
@@ -132,11 +133,12 @@ class SelectedDataset(DataPipeline, FluidInterface):  # type: ignore[misc]
                     f"{_round_name(named)}; ask for the state's, or make the dataset anew to start the epoch over"
                 )
             return
-        self._publish(epoch, which)
+        self._publish(epoch, which, chosen=True)
 
-    def _publish(self, epoch: int, which: int | str | None) -> None:
+    def _publish(self, epoch: int, which: int | str | None, *, chosen: bool) -> None:
         number, version = self._source.resolve(which)
-        place = Place(epoch=epoch, round=number, version=version, lanes=self._source.options.lanes or 0)
+        lanes = self._source.options.lanes or 0
+        place = Place(epoch=epoch, round=number, version=version, lanes=lanes, chosen=int(chosen))
         self._source.content(place)  # here already: errors show up in the main process, forked workers inherit it
         self._source.control.publish(place)
 
@@ -188,7 +190,7 @@ class SelectedDataset(DataPipeline, FluidInterface):  # type: ignore[misc]
         partial: bool = True,
     ) -> SelectedDataset:
         """Batches of `batchsize` samples; unlike webdataset's stage it holds no sample of the next batch."""
-        return self.compose(_Batches(batchsize, collation_fn, partial))  # type: ignore[no-any-return]
+        return self.compose(Batches(batchsize, collation_fn, partial))  # type: ignore[no-any-return]
 
     def listed(self, batchsize: int, partial: bool = True) -> SelectedDataset:
         """Lists of `batchsize` samples, not collated."""
@@ -263,6 +265,12 @@ class SelectedDataset(DataPipeline, FluidInterface):  # type: ignore[misc]
         if worker is None:
             if "worker" in state:
                 raise StateError("this is one worker's state; make a movable one with SelectedDataset.global_state")
+            current = source.control.place
+            waiting = current.chosen and source.control.begun() is None and current.epoch != place.epoch
+            if waiting and place.start >= content.selection.total:
+                return  # that epoch is over; a StatefulDataLoader without workers loads late, after the next set_epoch
+            if waiting:
+                warn_of_other_epoch(current, place)
             source.control.publish(place)
             return
         rank, ranks = source.split()
@@ -349,40 +357,12 @@ class SelectedDataset(DataPipeline, FluidInterface):  # type: ignore[misc]
         if self.repetitions != 1:
             return "with_epoch and repeat hide where the epoch stands: no state can be given; use set_epoch instead"
         for stage in self.pipeline[1:]:
-            if not isinstance(stage, _Batches) and getattr(stage, "f", None) not in _PASSING:
+            if holds_back(stage):
                 return (
-                    f"the stage {_stage_name(stage)} may hold samples back, so no state can be given; do its work in "
+                    f"the stage {stage_name(stage)} may hold samples back, so no state can be given; do its work in "
                     f".map or `prepare`, or leave it out (the order is shuffled already, and .batched(n) is fine)"
                 )
         return None
-
-
-_PASSING: Final = tuple(
-    getattr(filters, name).f
-    for name in (
-        *("map", "decode", "xdecode", "to_tuple", "map_tuple", "map_dict", "rename", "rename_keys", "extract_keys"),
-        *("select", "rsample", "log_keys", "info", "associate"),
-    )
-)
-"""webdataset's stages that give at most one sample for each that they take, and keep none."""
-
-
-class _Batches:
-    """Groups samples into batches as soon as they are complete."""
-
-    def __init__(self, size: int, collate: Callable[[list[Any]], Any] | None, partial: bool):
-        _require_integer("batchsize", size, 1)
-        self.size, self.collate, self.partial = size, collate, partial
-
-    def __call__(self, stream: Iterator[Any]) -> Iterator[Any]:
-        batch: list[Any] = []
-        for sample in stream:
-            batch.append(sample)
-            if len(batch) == self.size:
-                yield batch if self.collate is None else self.collate(batch)
-                batch = []
-        if batch and self.partial:
-            yield batch if self.collate is None else self.collate(batch)
 
 
 def _watched(stream: Iterator[Any], begun: Pass) -> Iterator[Any]:
@@ -393,11 +373,6 @@ def _watched(stream: Iterator[Any], begun: Pass) -> Iterator[Any]:
         raise
     except Exception as error:
         raise begun.blame(error) from error
-
-
-def _stage_name(stage: Any) -> str:
-    name = getattr(getattr(stage, "f", stage), "__name__", type(stage).__name__)
-    return f".{name.lstrip('_')}" if hasattr(stage, "f") else name
 
 
 # ---- arguments -------------------------------------------------------------------------------------------------------

@@ -20,7 +20,7 @@ from pipeline.index_job import build_index
 
 
 def make_shards(folder: Path, counts: Sequence[int], seed: int = 0) -> list[str]:
-    """Shards of `counts` samples: members differ in number, case and dots, some are empty; keys repeat between shards."""
+    """Shards of `counts` samples; members differ in number, case and dots, some are empty, keys repeat."""
     folder.mkdir(parents=True, exist_ok=True)
     random = np.random.default_rng(seed)
     urls = []
