@@ -9,7 +9,8 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from array import array
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import BinaryIO
@@ -17,9 +18,10 @@ from typing import BinaryIO
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from dynams_stream import schema, storage
+from dynams_stream import schema, storage, tar
 from dynams_stream.errors import StoreError
 
 PARTS_AT_MOST = 2000
@@ -66,6 +68,67 @@ class ShardIndex:
                 strict=True,
             )
         ]
+
+
+@dataclass(frozen=True, eq=False)
+class IndexedShard:
+    """What indexing one shard gives.
+
+    Attributes:
+        index: its samples and their members.
+        bytes: length of the tar.
+        fingerprint: identifies the bytes that were indexed (see `storage`).
+        repeated_keys: samples whose key another sample of the shard had before; they are kept apart.
+    """
+
+    index: ShardIndex
+    bytes: int
+    fingerprint: str
+    repeated_keys: int
+
+
+def index_shard(url: str) -> IndexedShard:
+    """Index one shard: read its tar headers, not its data.
+
+    Raises:
+        ShardMissingError: when it is not there.
+        ShardFormatError: when it is compressed, truncated or no tar.
+        DuplicateMemberError: when two members of one sample share an extension.
+    """
+    reader = storage.open_reader(url)
+    try:
+        fingerprint = storage.fingerprint(reader)  # before the headers: who rewrites the shard meanwhile is found out
+        index = _collect(tar.read_samples(reader, url))
+        return IndexedShard(index, reader.size, fingerprint, repeated_keys(index))
+    finally:
+        reader.close()
+
+
+def repeated_keys(index: ShardIndex) -> int:
+    """How many samples have a key that another sample of the shard had before."""
+    return len(index) - int(pc.count_distinct(index.keys).as_py())
+
+
+def _collect(samples: Iterable[tuple[str, Mapping[str, tuple[int, int]]]]) -> ShardIndex:
+    keys: list[str] = []
+    extensions: dict[str, int] = {}
+    starts, codes, offsets, sizes = array("q"), array("i"), array("q"), array("q")
+    for key, members in samples:
+        keys.append(key)
+        starts.append(len(codes))
+        for extension, (offset, size) in members.items():
+            codes.append(extensions.setdefault(extension, len(extensions)))
+            offsets.append(offset)
+            sizes.append(size)
+    starts.append(len(codes))
+    return ShardIndex(
+        keys=pa.array(keys, pa.string()),
+        starts=np.array(starts, dtype=np.int64),
+        extensions=tuple(extensions),
+        extension_codes=np.array(codes, dtype=np.int32),
+        offsets=np.array(offsets, dtype=np.int64),
+        sizes=np.array(sizes, dtype=np.int64),
+    )
 
 
 # ---- parts -----------------------------------------------------------------------------------------------------------
@@ -265,8 +328,8 @@ def _digest(first: int, shards: Sequence[ShardIndex]) -> str:
         digest.update(json.dumps([len(index), len(keys), list(index.extensions)]).encode())
         digest.update(keys)
         digest.update(key_bytes.astype("<i4").tobytes())
-        for array, kind in (
+        for values, kind in (
             (index.starts, "<i8"), (index.extension_codes, "<i4"), (index.offsets, "<i8"), (index.sizes, "<i8")
         ):  # fmt: skip
-            digest.update(array.astype(kind).tobytes())
+            digest.update(values.astype(kind).tobytes())
     return digest.hexdigest()[:12]

@@ -1,0 +1,434 @@
+"""Tar headers → members → samples, grouped as `webdataset.WebDataset` groups them; the data between is not read.
+
+    dogs/0001.jpg       key dogs/0001, extension jpg
+    dogs/0001.seg.PNG   the same sample, extension seg.png: the key ends at the file name's first dot
+    dogs/README         no extension: skipped, the sample goes on
+    __meta__/x.json     metadata: skipped
+    dogs/0002.jpg       another key: the next sample begins
+    dogs/0001.cls       a key that was there before: a third sample
+
+Python's tarfile ends quietly at a damaged header, and webdataset loses the rest of the shard with it. Here all that
+is not a well-formed tar is an error that names the offset.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+import re
+from collections.abc import Iterator
+from typing import Final, NamedTuple, NoReturn
+from zlib import adler32
+
+from dynams_stream import storage
+from dynams_stream.errors import DuplicateMemberError, ShardFormatError
+
+BLOCK: Final = 512
+_ZEROS: Final = bytes(BLOCK)
+_LOCAL_PIECES: Final = (3 << 10, 64 << 10, 16 << 10)
+_REMOTE_PIECES: Final = (64 << 10, 8 << 20, 2 << 20)
+"""Least and most bytes of a read, and the gap (bytes) up to which reading on is cheaper than another request."""
+_GROWTH: Final = 8
+_TAIL_BYTES: Final = 64 << 10
+_EXTENSION_HEADER_BYTES: Final = 16 << 20
+"""Size of a GNU long name or PAX header at most: it is held in memory."""
+
+_FILES: Final = frozenset({b"0", b"\0", b"7"})
+_WITHOUT_DATA: Final = frozenset({b"1", b"2", b"3", b"4", b"5", b"6"})
+_LONG_NAME, _LONG_LINK, _SPARSE = b"L", b"K", b"S"
+_PAX: Final = frozenset({b"x", b"X"})
+_PAX_GLOBAL = b"g"
+_EXTENSIONS: Final = frozenset({_LONG_NAME, _LONG_LINK, _SPARSE, _PAX_GLOBAL, *_PAX})
+_PAX_SPARSE = "GNU.sparse."
+_PAX_LENGTH_DIGITS: Final = 20
+_AGAIN: Final = "write the shard again"
+
+_METADATA: Final = re.compile(r"__[^/]*__(?:$|/)")
+_SAMPLE_FIELDS: Final = frozenset({"__key__", "__url__"})
+_LOADER_FIELDS: Final = frozenset({"__row__", "__weight__", "__pad__"})
+_BAD = "__bad__"
+
+_COMPRESSIONS: Final = (
+    (b"\x1f\x8b", "gzip", "gunzip"),
+    (b"BZh", "bzip2", "bunzip2"),
+    (b"\xfd7zXZ\0", "xz", "unxz"),
+    (b"\x28\xb5\x2f\xfd", "zstd", "unzstd"),
+    (b"\x04\x22\x4d\x18", "lz4", "unlz4"),
+    (b"PK\x03\x04", "zip", "unzip"),
+)
+
+_log = logging.getLogger(__name__)
+
+
+def read_samples(reader: storage.Reader, url: str) -> Iterator[tuple[str, dict[str, tuple[int, int]]]]:
+    """The samples of a shard, in order: (key, {extension: (offset, size)}), as webdataset would yield them.
+
+    Args:
+        reader: the open shard; only headers are read where members are large.
+        url: the shard's name in errors.
+
+    Raises:
+        ShardFormatError: compressed, truncated, not a tar, or with members that cannot be read by offset.
+        DuplicateMemberError: two members of one sample share an extension.
+    """
+    current: str | None = None
+    found: dict[str, tuple[int, int]] = {}
+    row = 0
+    for name, offset, size in read_members(reader, url):
+        parts = split_name(name)
+        if parts is None:
+            continue
+        key, extension = parts
+        if not name.isascii():
+            _require_text(url, name)
+        if key != current:
+            if current is not None and _is_valid(found):
+                yield current, found
+                row += 1
+            current, found = key, {}
+        if extension in found or extension[:2] == "__":
+            _require_new(url, row, key, extension, found)
+        found[extension] = (offset, size)
+    if current is not None and _is_valid(found):
+        yield current, found
+
+
+def split_name(name: str) -> tuple[str, str] | None:
+    """(key, extension in lower case) of a member, or None when webdataset skips it; as its `base_plus_ext` has it.
+
+    The key ends at the first dot of the file name. A hidden file (`a/.x`) belongs to the key that is its folder's name,
+    slash included, unless that has a dot.
+    """
+    if name[:2] == "__" and (_METADATA.match(name) or ("/" not in name and name.endswith("__"))):
+        return None
+    key, found, extension = name.partition(".")
+    if "/" not in extension:
+        return (key, extension.lower()) if found and key else None
+    # Dots in folders: webdataset's expression wants folders within the first line, then one character or more up to the
+    # file name's first dot, none of them a dot.
+    base = name.rfind("/") + 1
+    dot = name.find(".", base)
+    line = name.find("\n")
+    start = name.rfind("/", 0, dot - 1 if line < 0 else min(dot - 1, line)) + 1
+    if dot < 0 or "." in name[start:dot]:
+        return None
+    return name[:dot], name[dot + 1 :].lower()
+
+
+def _is_valid(found: dict[str, tuple[int, int]]) -> bool:
+    """webdataset drops a sample whose field `__bad__` is set."""
+    return _BAD not in found or found[_BAD][1] == 0
+
+
+def _require_text(url: str, name: str) -> None:
+    try:
+        name.encode()
+    except UnicodeEncodeError as error:
+        raise ShardFormatError(
+            f"{url}: the member name {name!r} is not UTF-8; write the shard again with UTF-8 names", shard=url
+        ) from error
+
+
+def _require_new(url: str, row: int, key: str, extension: str, found: dict[str, tuple[int, int]]) -> None:
+    if extension in found or extension in _SAMPLE_FIELDS:
+        other = "two members" if extension in found else f"webdataset's own field {extension} and a member"
+        raise DuplicateMemberError(
+            f"{url}, row {row}, key {key!r}: {other} with the extension {extension!r}; webdataset refuses such a "
+            f"sample too: rename or remove one and write the shard again",
+            shard=url,
+            row=row,
+            key=key,
+        )
+    if extension in _LOADER_FIELDS:
+        raise ShardFormatError(
+            f"{url}, row {row}, key {key!r}: the extension {extension!r} is a field that the loader sets; "
+            f"rename the member and write the shard again",
+            shard=url,
+            row=row,
+            key=key,
+        )
+
+
+# ---- members ---------------------------------------------------------------------------------------------------------
+
+
+def read_members(reader: storage.Reader, url: str) -> Iterator[tuple[str, int, int]]:
+    """The regular files of a tar (USTAR, GNU and PAX), in order, as (name, byte offset of the data, bytes of it).
+
+    Ends at the first block of zeros, as tarfile does.
+
+    Raises:
+        ShardFormatError: names the offset and what to do.
+    """
+    walk = _Walk(reader, url)
+    common, last = _Common(b"", "", 0), b""
+    offset, end = 0, walk.require_length()
+    while offset < end:
+        header = walk.window[offset - walk.start : offset - walk.start + BLOCK]
+        if len(header) < BLOCK:
+            header = walk.read(offset, BLOCK)
+        if header == _ZEROS:
+            walk.finish(offset)
+            return
+        try:
+            rest = header[100:124] + header[156:]
+            if rest != last:  # of a shard's headers most differ in name, size, time and checksum alone
+                common, last = _read_common(rest), rest
+            # Adler-32's low half is 1 + the sum of the bytes, modulo a number that 148 bytes cannot reach.
+            total = (adler32(header[:148]) & 0xFFFF) - 1 + common.total + 8 * 32
+            if number(header[148:156]) != total and number(header[148:156]) != _signed_checksum(header):
+                walk.refuse_header(offset, header)
+            size = number(header[124:136])
+            number(header[136:148])
+        except ValueError:
+            walk.refuse_header(offset, header)
+        kind, name = common.kind, _text(header[:100])
+        data = offset + BLOCK
+        if kind in _WITHOUT_DATA or (kind == b"\0" and name.endswith("/")):
+            offset = data
+            walk.extensions.clear()
+            continue
+        if kind in _FILES:
+            name = common.prefix + name
+            if walk.extensions or walk.global_path is not None:
+                name, size = walk.extend(offset, name, size)
+        offset = data + size + -size % BLOCK
+        if size < 0 or offset > end:
+            walk.refuse_length(data, name, size)
+        if kind in _FILES:
+            yield name, data, size
+        elif kind in _EXTENSIONS:
+            walk.add_extension(kind, data, size, name)
+            continue
+        walk.extensions.clear()
+    walk.require_no_extension(offset)
+
+
+class _Common(NamedTuple):
+    """What the headers of a shard mostly have in common.
+
+    Attributes:
+        kind: type of the member.
+        prefix: USTAR's leading folders, with a slash; or empty.
+        total: sum of the bytes after the checksum.
+    """
+
+    kind: bytes
+    prefix: str
+    total: int
+
+
+@functools.lru_cache(maxsize=64)
+def _read_common(rest: bytes) -> _Common:
+    """Of a header without name, size, time and checksum (24 bytes before them, 356 after them).
+
+    Raises:
+        ValueError: when mode, user, group or device is no number; tarfile wants them valid.
+    """
+    owner, after = rest[:24], rest[24:]
+    for numbers in (owner[:8], owner[8:16], owner[16:], after[173:181], after[181:189]):
+        number(numbers)
+    prefix = _text(after[189:344])
+    return _Common(after[:1], f"{prefix}/" if prefix else "", sum(after))
+
+
+@functools.lru_cache(maxsize=4096)  # times, checksums and the sizes of small members come again and again
+def number(field: bytes) -> int:
+    """A numeric header field: octal digits, or base 256 when its first byte says so.
+
+    Raises:
+        ValueError: when it is neither.
+    """
+    try:
+        return int(field.rstrip(b"\0 "), 8)
+    except ValueError:
+        if field[0] in (0x80, 0xFF):
+            return int.from_bytes(field[1:], "big") - (256 ** (len(field) - 1) if field[0] == 0xFF else 0)
+        return int(field.split(b"\0", 1)[0].strip() or b"0", 8)
+
+
+def _signed_checksum(header: bytes) -> int:
+    """The sum of signed bytes that some old programs write, the checksum itself taken as spaces."""
+    counted = header[:148] + header[156:]
+    return sum(counted) - 256 * sum(byte > 127 for byte in counted) + 8 * 32
+
+
+def _text(field: bytes) -> str:
+    return field.partition(b"\0")[0].decode("utf-8", "surrogateescape")
+
+
+class _Walk:
+    """Where a walk over the headers stands: the bytes at hand, and the extension headers of the next member."""
+
+    def __init__(self, reader: storage.Reader, url: str):
+        self.url = url
+        self.window = b""
+        self.start = 0
+        self.extensions: list[str | dict[str, str]] = []
+        """Long names, and PAX headers, of the member to come; in the order of the tar."""
+        self.global_path: str | None = None
+        self._size = reader.size
+        self._pread = reader.pread
+        self._pieces = _LOCAL_PIECES if isinstance(reader, storage.LocalReader) else _REMOTE_PIECES
+
+    # ---- bytes -------------------------------------------------------------------------------------------------------
+
+    def read(self, offset: int, size: int) -> bytes:
+        """Exactly `size` bytes, which may not lie before those of an earlier call."""
+        begin, held = offset - self.start, len(self.window)
+        if begin + size > held:
+            # Where headers lie close together all is read, in growing pieces; else a little at each header.
+            least, most, near = self._pieces
+            piece = least if begin - held >= near else min(most, _GROWTH * max(least, held))
+            if piece < size:
+                piece = size
+            if piece > self._size - offset:
+                piece = self._size - offset
+                if piece < size:
+                    self.refuse(
+                        offset,
+                        f"a header of {size} bytes begins, the file ends after {piece}: it is truncated; "
+                        f"download or write it again",
+                    )
+            self.window = self._pread(offset, piece)
+            self.start, begin = offset, 0
+        return self.window[begin : begin + size]
+
+    # ---- extension headers -------------------------------------------------------------------------------------------
+
+    def add_extension(self, kind: bytes, offset: int, size: int, name: str) -> None:
+        """Keep what a long name or PAX header says of the next member, or of all that follow."""
+        if kind == _SPARSE:
+            self._refuse_sparse(offset - BLOCK, name)
+        if size > _EXTENSION_HEADER_BYTES:
+            self.refuse(
+                offset - BLOCK,
+                f"an extension header of {size} bytes, {_EXTENSION_HEADER_BYTES} are allowed; write the shard again",
+            )
+        content = self.read(offset, size)
+        if kind == _LONG_NAME:
+            self.extensions.append(_text(content))
+        elif kind == _LONG_LINK:
+            self.extensions.append({})
+        else:
+            try:
+                fields = _pax_fields(content)
+            except ValueError as error:
+                self.refuse(offset - BLOCK, f"a PAX header that cannot be read ({error}); {_AGAIN}")
+            if kind == _PAX_GLOBAL:
+                self._add_global(offset - BLOCK, fields)
+                fields = {}
+            elif self.global_path is not None:
+                fields = {"path": self.global_path, **fields}
+            self.extensions.append(fields)
+
+    def _add_global(self, offset: int, fields: dict[str, str]) -> None:
+        if "path" in fields:
+            self.global_path = fields["path"]
+        if "size" in fields or any(field.startswith(_PAX_SPARSE) for field in fields):
+            self.refuse(offset, f"a global PAX header that sets the size of all members; {_AGAIN}")
+
+    def extend(self, offset: int, name: str, size: int) -> tuple[str, int]:
+        """Name and size of the member at `offset` after its extension headers, of which the first has the last word."""
+        if self.global_path is not None:
+            name = self.global_path.rstrip("/")
+        for extension in reversed(self.extensions):
+            if isinstance(extension, str):
+                name = extension
+                continue
+            if "path" in extension:
+                name = extension["path"].rstrip("/")
+            if any(field.startswith(_PAX_SPARSE) for field in extension):
+                self._refuse_sparse(offset, extension.get(f"{_PAX_SPARSE}name", name))
+            if "size" in extension:
+                if not (extension["size"].isascii() and extension["size"].isdigit()):
+                    self.refuse(offset, f"the member {name!r} has the PAX size {extension['size']!r}; {_AGAIN}")
+                size = int(extension["size"])
+        return name, size
+
+    # ---- ends --------------------------------------------------------------------------------------------------------
+
+    def finish(self, offset: int) -> None:
+        """The block of zeros that ends the archive."""
+        self.require_no_extension(offset)
+        tail = self.read(offset, min(_TAIL_BYTES, self._size - offset))
+        if tail.strip(b"\0"):
+            _log.warning(
+                "%s: the tar ends at byte %d, what follows is ignored, as tar and webdataset do; "
+                "archives are joined with `tar --concatenate`",
+                self.url,
+                offset,
+            )
+
+    def require_no_extension(self, offset: int) -> None:
+        """Refuse an end right after a long name or PAX header."""
+        if self.extensions:
+            self.refuse(
+                offset,
+                "the tar ends where the member of an extension header should begin: it is truncated; "
+                "download or write it again",
+            )
+
+    def require_length(self) -> int:
+        """The file's length; refused when no header fits into it."""
+        if self._size == 0:
+            self.refuse(0, "the file is empty; download or write it again")
+        if self._size < BLOCK:
+            self.refuse_header(0, self._pread(0, self._size))
+        return self._size
+
+    def refuse_length(self, offset: int, name: str, size: int) -> NoReturn:
+        """A member whose data, padded to whole blocks, does not fit into the file."""
+        self.refuse(
+            offset,
+            f"the member {name!r} has {size} bytes and its padding, of which the file of {self._size} bytes "
+            f"lacks some: it is truncated; download or write it again",
+        )
+
+    def refuse_header(self, offset: int, header: bytes) -> NoReturn:
+        """A block that is no tar header."""
+        if offset == 0:
+            for magic, kind, program in _COMPRESSIONS:
+                if header.startswith(magic):
+                    self.refuse(
+                        0, f"compressed with {kind}, so that members cannot be read by offset; run {program} on it"
+                    )
+            self.refuse(0, f"not a tar file, it begins with {header[:16]!r}; give tar shards in WebDataset layout")
+        self.refuse(
+            offset,
+            f"a block that is no tar header (it begins with {header[:16]!r}): the file is damaged; "
+            f"download or write it again",
+        )
+
+    def _refuse_sparse(self, offset: int, name: str) -> NoReturn:
+        self.refuse(
+            offset,
+            f"the member {name!r} is a GNU sparse file, whose data is not one range of bytes; "
+            f"write the shard again without --sparse",
+        )
+
+    def refuse(self, offset: int, reason: str) -> NoReturn:
+        """Raise a ShardFormatError."""
+        raise ShardFormatError(f"{self.url}, byte {offset}: {reason}", shard=self.url)
+
+
+def _pax_fields(content: bytes) -> dict[str, str]:
+    """The records `<length> <keyword>=<value>\n` of a PAX header.
+
+    Raises:
+        ValueError: when they are not well-formed.
+    """
+    fields: dict[str, str] = {}
+    start = 0
+    while start < len(content):
+        space = content.find(b" ", start, start + _PAX_LENGTH_DIGITS)
+        digits = content[start:space] if space > 0 else b""
+        stop = start + int(digits) if digits.isdigit() else start
+        if not space < stop <= len(content) or content[stop - 1] != 0x0A:
+            raise ValueError(f"no record at its byte {start}")
+        keyword, equals, value = content[space + 1 : stop - 1].partition(b"=")
+        if not equals or not keyword:
+            raise ValueError(f"no keyword at its byte {start}")
+        fields[keyword.decode("utf-8", "surrogateescape")] = value.decode("utf-8", "surrogateescape")
+        start = stop
+    return fields
