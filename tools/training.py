@@ -21,6 +21,7 @@ from dynams_stream.scorer import ScorerSpec, load_callable
 from dynams_stream.selection import selected_count
 from dynams_stream.store import Store
 from dynams_stream.stream import SelectedDataset
+from pipeline.cores import available_cores
 from pipeline.rounds import run_round
 from pipeline.select_job import select_round
 from tools.training_config import RunConfig
@@ -119,6 +120,8 @@ def train_run(
         report: called with (epoch, epochs) as epochs end.
     """
     torch.manual_seed(seed)
+    # Loader workers decode on cores of their own: OpenMP threads that wait for a core they share halve the speed.
+    torch.set_num_threads(max(1, available_cores() - config.training.loader_workers))
     schedule = config.schedule() if method != "full" else None
     model = load_callable(config.model.factory, "model.factory")(**config.model.args)
     rounds = Rounds(config, method, seed, store, client)
