@@ -216,7 +216,9 @@ def _open_index(url: str) -> Iterator[tuple[pq.ParquetFile, _Layout]]:
         ):
             yield file, layout
     except (pa.ArrowException, OSError) as error:
-        raise StoreError(f"{url}: cannot be read ({error}); restore it, or index the dataset again") from error
+        raise StoreError(
+            f"{url}: cannot be read ({error}); restore it, or remove it and index the dataset again"
+        ) from error
 
 
 @functools.lru_cache(maxsize=_FOOTERS_KEPT)

@@ -29,6 +29,10 @@ RECEIPT_KEY = b"dynams_receipt"
 """Parquet metadata key of a score part's receipt: JSON with its counts and seconds."""
 SHARDS_KEY = b"dynams_shards"
 """Parquet metadata key of a member index's shards, those without samples included: JSON [first, count]."""
+INDEXED_KEY = b"dynams_indexed"
+"""Parquet metadata key of unfinished indexing: JSON list of [url, fingerprint, bytes, samples] of its shards."""
+REPEATED_KEY = b"dynams_repeated_keys"
+"""Parquet metadata key of a dataset's number of samples whose key another sample of their shard had before."""
 
 DATASET_SCHEMA = pa.schema(
     [
@@ -129,6 +133,11 @@ def index_path(part: int, digest: str) -> str:
 def round_path(number: int) -> str:
     """Folder of round `number` (1, 2, …)."""
     return f"{ROUNDS_FOLDER}/{number_name(number)}"
+
+
+def indexing_path(digest: str) -> str:
+    """Path of the index of some shards while a dataset is being indexed; `digest` names the shards and their bytes."""
+    return f"{INDEXING_FOLDER}/{digest}.parquet"
 
 
 def scores_folder(number: int) -> str:
