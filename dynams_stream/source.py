@@ -31,13 +31,14 @@ from dynams_stream.order import (
     worker_samples,
 )
 from dynams_stream.progress import EVERYTHING, Control, Place
-from dynams_stream.reading import Record, Sample, SampleReader
+from dynams_stream.reading import Chunk, Sample, SampleReader
+from dynams_stream.reading import Place as SamplePlace
 from dynams_stream.selection import Selection
 from dynams_stream.store import Dataset, Store
 
 logger = logging.getLogger(__name__)
 
-_FIRST_CHUNK: Final = 64  # small, for an early first batch
+_FIRST_CHUNK: Final = 128  # small, for an early first batch
 _CHUNK: Final = 2048
 _CHUNK_LANES: Final = 16  # a chunk takes about this many samples of each lane, so that looking up a shard pays
 
@@ -247,7 +248,7 @@ class Pass:
         self.errors = 0
         self._reported: set[tuple[int, int]] = set()
         self._chunk_start = 0
-        self._records: list[Record] = []
+        self._chunk: Chunk | None = None
 
     def __iter__(self) -> Iterator[Any]:
         reader = self.source.reader(self.content)
@@ -256,50 +257,54 @@ class Pass:
         while self.yielded < self.own_length:
             self._chunk_start = self.yielded
             positions, padded = self._positions(self.yielded, min(self.yielded + size, self.own_length))
-            records = self._records = self._look_up(reader, positions, padded)
-            for record in records:
+            chunk = self._chunk = self._look_up(reader, positions, padded)
+            extras, bounds = chunk.extras, iter(chunk.bounds)
+            for place in zip(*chunk.columns, strict=True):
                 try:
-                    sample: Any = read(record)
+                    sample: Any = read(place, bounds)
+                    if extras:
+                        sample.update(extras.get(self.yielded - self._chunk_start, {}))
                     if prepare is not None:
                         sample = prepare(sample)
                 except Exception as error:  # noqa: BLE001 (raised as a typed error there, or skipped and counted)
                     number = self.yielded - self._chunk_start
-                    sample = self._stand_in(error, record, reader, int(positions[number]), padded[number : number + 1])
+                    bounds = chunk.bounds_from(number + 1)
+                    failed = chunk.place(number)
+                    sample = self._stand_in(error, failed, reader, int(positions[number]), padded[number : number + 1])
                 self.yielded += 1
                 yield sample
-            size = min(2 * size, largest)
+            size = min(4 * size, largest)
 
     def _positions(self, first: int, stop: int) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.bool_]]:
         samples = worker_samples(first, stop, self.worker, self.workers, self.options.batch_size)
         return rank_positions(samples, self.total, self.ranks, self.rank, self.place.start)
 
-    def _look_up(
-        self, reader: SampleReader, positions: npt.NDArray[np.int64], padded: npt.NDArray[np.bool_]
-    ) -> list[Record]:
+    def _look_up(self, reader: SampleReader, positions: npt.NDArray[np.int64], padded: npt.NDArray[np.bool_]) -> Chunk:
         marks = padded if self.options.tail == "pad" else None
-        return reader.records(*self.order.locate(positions), self.content.selection, marks)
+        return reader.look_up(*self.order.locate(positions), self.content.selection, marks)
 
     # ---- trouble -----------------------------------------------------------------------------------------------------
 
     def _stand_in(
-        self, error: Exception, record: Record, reader: SampleReader, position: int, padded: npt.NDArray[np.bool_]
+        self, error: Exception, failed: SamplePlace, reader: SampleReader, position: int, padded: npt.NDArray[np.bool_]
     ) -> Any:
         """The sample that takes the place of one that failed (`order.substitute`), when skipping is allowed."""
         for attempt in range(1, self.total + 1):
-            named = name_error(error, record)
+            named = name_error(error, failed)
             if self.options.on_error == "raise":
                 raise named from error
             self.errors += 1
             if self.errors > self.options.max_errors:
                 message = f"{named} (error {self.errors} of this iteration, max_errors={self.options.max_errors})"
                 raise SampleError(message, shard=named.shard, row=named.row, key=named.key) from error
-            if (record.shard, record.row) not in self._reported:
-                self._reported.add((record.shard, record.row))
+            if (failed.shared.shard, failed.row) not in self._reported:
+                self._reported.add((failed.shared.shard, failed.row))
                 logger.warning("skipped (%d of at most %d): %s", self.errors, self.options.max_errors, named)
             other = np.array([substitute(position, attempt, self.total)])
-            record = self._look_up(reader, other, padded)[0]
+            chunk = self._look_up(reader, other, padded)
+            failed = chunk.place(0)
             try:
-                sample = reader.read(record)
+                sample = {**reader.read(failed, iter(chunk.bounds)), **chunk.extras.get(0, {})}
                 return sample if self.options.prepare is None else self.options.prepare(sample)
             except Exception as next_error:  # noqa: BLE001 (as in __iter__)
                 error = next_error
@@ -308,9 +313,9 @@ class Pass:
     def blame(self, error: Exception) -> DynamsError:
         """A typed error for a later stage's, with the sample that the stage was given last."""
         number = self.yielded - self._chunk_start - 1
-        if not 0 <= number < len(self._records):
+        if self._chunk is None or number < 0:
             return SampleError(f"a stage of the pipeline failed before it got a sample: {_told(error)}")
-        return name_error(error, self._records[number])
+        return name_error(error, self._chunk.place(number))
 
 
 def warn_of_other_epoch(told: Place, resumed: Place) -> None:
@@ -324,17 +329,13 @@ def warn_of_other_epoch(told: Place, resumed: Place) -> None:
         )
 
 
-def name_error(error: Exception, record: Record) -> DynamsError:
+def name_error(error: Exception, sample: SamplePlace) -> DynamsError:
     """A typed error that names shard, row and key; of the same kind when the shard itself is the trouble."""
-    url = record.head["__url__"]
-    place = f"{url}: row {record.row}, key {record.key!r}"
+    text = f"{sample.url}: row {sample.row}, key {sample.key!r}: {_told(error)}"
     kind: type[DynamsError] = type(error) if isinstance(error, ShardError) else SampleError
-    advice = (
-        ""
-        if isinstance(error, DynamsError)
-        else "; repair the sample, or skip such samples in `prepare` with on_error='skip'"
-    )
-    return kind(f"{place}: {_told(error)}{advice}", shard=url, row=record.row, key=record.key)
+    if not isinstance(error, DynamsError):
+        text += "; repair the sample, or skip such samples in `prepare` with on_error='skip'"
+    return kind(text, shard=sample.url, row=sample.row, key=sample.key)
 
 
 def _told(error: BaseException) -> str:

@@ -157,7 +157,7 @@ def test_few_open_files_and_a_small_index_cache_are_enough(store: Store, monkeyp
     assert list(dataset) == whole
     reader = dataset.pipeline[0]._reader
     assert len(reader._readers) <= 2
-    assert len(reader._tables) == 1
+    assert len(reader._tables) <= 4  # as many as one chunk needs
 
 
 # ---- pipeline --------------------------------------------------------------------------------------------------------
