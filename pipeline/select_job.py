@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 from dynams_stream import schema
@@ -15,6 +14,7 @@ from dynams_stream.ordered_map import ordered_thread_map
 from dynams_stream.selection import selected_count
 from dynams_stream.store import Dataset, Round, Store
 from dynams_stream.strategy import Strategy
+from dynams_stream.version import library_version
 from pipeline.cores import available_cores
 from pipeline.pending import FinishedPart, finished_parts, newest_scores
 from pipeline.receipt import total_seconds
@@ -177,14 +177,6 @@ def _manifest(
             name: round(seconds, 3) for name, seconds in total_seconds(part.receipt for part in parts.values()).items()
         },
     }
-
-
-def library_version() -> str:
-    """The installed version of dynams-stream."""
-    try:
-        return version("dynams-stream")
-    except PackageNotFoundError:
-        return "unknown"
 
 
 def _now() -> str:

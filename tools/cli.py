@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import difflib
 import importlib
-from typing import Any
+import sys
+from typing import Any, NoReturn
 
-import click
 import typer
 
+from dynams_stream.errors import UsageError
+from dynams_stream.version import library_version
 from tools.command import run
 
 COMMANDS = {
@@ -20,26 +23,47 @@ COMMANDS = {
     "train": ("tools.train", "The reference training run: DynaMS, baselines and full data, with a table."),
 }
 
+HELP = """\
+Usage: dynams COMMAND [OPTIONS]
 
-class LazyGroup(click.Group):
-    """A group that imports a command's module only when it is asked for."""
+Train on the part of a huge WebDataset that matters now.
 
-    def list_commands(self, context: click.Context) -> list[str]:
-        """Names in the order of the data path."""
-        return list(COMMANDS)
+The data path:  shard → index → score → select → your training loop
 
-    def get_command(self, context: click.Context, name: str) -> click.Command | None:
-        """The command of that name, or None."""
-        return load_command(name) if name in COMMANDS else None
+Commands:
+{commands}
 
-    def format_commands(self, context: click.Context, formatter: click.HelpFormatter) -> None:
-        """The list of commands, from the table above."""
-        with formatter.section("Commands"):
-            formatter.write_dl([(name, text) for name, (_, text) in COMMANDS.items()])
+First steps:
+  dynams shard --dataset digits --out runs/digits
+  dynams status --store runs/digits
+
+dynams COMMAND --help tells a command's options; dynams --version the version.
+"""
 
 
-def load_command(name: str) -> click.Command:
-    """Import and build one command."""
+def main(arguments: list[str] | None = None) -> NoReturn:
+    """Entry point of the `dynams` program."""
+    given = sys.argv[1:] if arguments is None else arguments
+    if not given or given[0] in ("-h", "--help"):
+        listing = "\n".join(f"  {name:<8} {text}" for name, (_, text) in COMMANDS.items())
+        print(HELP.format(commands=listing))
+        sys.exit(0 if given else 2)
+    if given[0] == "--version":
+        print(f"dynams {library_version()}")
+        sys.exit(0)
+    run(lambda: load_command(given[0]), given[1:], name=f"dynams {given[0]}")
+
+
+def load_command(name: str) -> Any:
+    """Import and build one command.
+
+    Raises:
+        UsageError: for a name that is no command; suggests the nearest.
+    """
+    if name not in COMMANDS:
+        near = difflib.get_close_matches(name, COMMANDS, n=1)
+        hint = f"did you mean {near[0]!r}?" if near else f"the commands are {', '.join(COMMANDS)}"
+        raise UsageError(f"there is no command {name!r}; {hint}")
     command = typer.main.get_command(importlib.import_module(COMMANDS[name][0]).app)
     command.name = name
     return command
@@ -48,23 +72,6 @@ def load_command(name: str) -> click.Command:
 def option_names() -> set[str]:
     """The names of every command's options, for checking a shared configuration file."""
     return {parameter.name or "" for name in COMMANDS for parameter in load_command(name).params}
-
-
-@click.group(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"]})
-@click.version_option(package_name="dynams-stream", prog_name="dynams")
-def dynams(**options: Any) -> None:
-    """Train on the part of a huge WebDataset that matters now.
-
-    \b
-    The data path:  shard → index → score → select → your training loop
-    First steps:    dynams shard --dataset digits --out runs/digits
-                    dynams status --store runs/digits
-    """
-
-
-def main() -> None:
-    """Entry point of the `dynams` program."""
-    run(dynams)
 
 
 if __name__ == "__main__":

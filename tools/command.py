@@ -19,7 +19,6 @@ from pathlib import Path
 from types import FrameType
 from typing import Annotated, Any, NoReturn
 
-import click
 import typer
 from rich.console import Console
 from rich.logging import RichHandler
@@ -34,6 +33,10 @@ EXIT_INTERRUPTED, EXIT_TERMINATED = 130, 143
 stderr = Console(stderr=True, highlight=False, soft_wrap=True)
 
 
+# typer carries a click of its own and does not export the base of its errors.
+_COMMAND_LINE_ERROR: Any = next(base for base in typer.BadParameter.__mro__ if base.__name__ == "ClickException")
+
+
 class Terminated(BaseException):
     """SIGTERM arrived; raised in the main thread so that everything is closed in order."""
 
@@ -41,8 +44,14 @@ class Terminated(BaseException):
 # ---- the program -----------------------------------------------------------------------------------------------------
 
 
-def run(app: typer.Typer | click.Command, arguments: list[str] | None = None, name: str = "dynams") -> NoReturn:
-    """Run a command and exit with the code of its outcome; errors are one message, a traceback only with `--debug`."""
+def run(app: typer.Typer | Callable[[], Any], arguments: list[str] | None = None, *, name: str) -> NoReturn:
+    """Run a command and exit with the code of its outcome; errors are one message, a traceback only with `--debug`.
+
+    Args:
+        app: the command, or a function that loads it.
+        arguments: the command line behind the command's name.
+        name: what help and errors call the command.
+    """
     # `--model my_models:resnet18` is looked for where the command runs, as `python -m` does.
     if os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())
@@ -54,16 +63,15 @@ def run(app: typer.Typer | click.Command, arguments: list[str] | None = None, na
     given = sys.argv[1:] if arguments is None else arguments
     debug = "--debug" in given
     try:
-        command = typer.main.get_command(app) if isinstance(app, typer.Typer) else app
+        command = typer.main.get_command(app) if isinstance(app, typer.Typer) else app()
+        command.name = name.rsplit(" ", 1)[-1]
         outcome = command.main(args=given, prog_name=name, standalone_mode=False)
         sys.exit(outcome if isinstance(outcome, int) else 0)
-    except (click.exceptions.Abort, KeyboardInterrupt):
+    except (typer.Abort, KeyboardInterrupt):
         _fail("stopped; run the same command again to go on", EXIT_INTERRUPTED, debug)
     except Terminated:
         _fail("stopped by SIGTERM; run the same command again to go on", EXIT_TERMINATED, debug)
-    except click.exceptions.Exit as error:
-        sys.exit(error.exit_code)
-    except click.ClickException as error:
+    except _COMMAND_LINE_ERROR as error:
         error.show(sys.stderr)
         sys.exit(EXIT_USAGE)
     except UsageError as error:
@@ -108,7 +116,7 @@ def _load_config(context: typer.Context, path: Path | None) -> Path | None:
 
 def _options(context: typer.Context, path: Path, values: Mapping[str, Any]) -> dict[str, Any]:
     """Top-level keys that this command knows, and all keys of its own table, such as `[score]`."""
-    own = values.get(context.info_name or "", {})
+    own = values.get(context.command.name or "", {})
     known = {parameter.name for parameter in context.command.params}
     options = {}
     for key, value in {**values, **own}.items():
@@ -116,7 +124,9 @@ def _options(context: typer.Context, path: Path, values: Mapping[str, Any]) -> d
         if name in known:
             options[name] = json.dumps(value) if isinstance(value, dict) else value
         elif key in own or (not isinstance(value, dict) and not _is_option_elsewhere(name)):
-            raise UsageError(f"--config {path}: {key!r} is not an option of `dynams {context.info_name}`; see --help")
+            raise UsageError(
+                f"--config {path}: {key!r} is not an option of `dynams {context.command.name}`; see --help"
+            )
     return options
 
 
