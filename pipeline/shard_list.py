@@ -7,7 +7,7 @@ import os
 from collections import Counter
 from collections.abc import Iterator, Sequence
 
-from braceexpand import UnbalancedBracesError, braceexpand
+from braceexpand import braceexpand
 
 from dynams_stream import storage
 from dynams_stream.errors import UsageError
@@ -69,7 +69,7 @@ def _lines(name: str) -> list[str]:
 def _braces(pattern: str) -> list[str]:
     try:
         return list(braceexpand(pattern)) if "{" in pattern else [pattern]
-    except UnbalancedBracesError as error:
+    except ValueError as error:
         raise UsageError(f"{pattern!r} has unbalanced braces; write {{000000..000099}} or {{a,b}}") from error
 
 
