@@ -110,7 +110,6 @@ class SampleReader:
     def __init__(self, store: Store, dataset: Dataset):
         self._store = store
         self._dataset = dataset
-        self._moved = store.shards_at is not None
         self._tables: OrderedDict[int, _MemberTable] = OrderedDict()
         self._table_bytes = 0
         self._readers: OrderedDict[int, storage.LocalReader | storage.RemoteReader] = OrderedDict()
@@ -256,7 +255,7 @@ class SampleReader:
             closed, reader = self._readers.popitem(last=oldest in self._wanted)
             del self._preads[closed]
             reader.close()
-        reader = open_shard(self._store, self._dataset, shard, moved=self._moved)
+        reader = open_shard(self._store, self._dataset.urls[shard], self._dataset.fingerprints[shard])
         self._readers[shard] = reader
         self._preads[shard] = reader.pread
         return reader.pread
@@ -288,30 +287,29 @@ def _reordered(bounds: npt.NDArray[np.int64], lengths: Integers, back: Integers)
     return found
 
 
-def open_shard(
-    store: Store, dataset: Dataset, shard: int, *, moved: bool
-) -> storage.LocalReader | storage.RemoteReader:
+def open_shard(store: Store, url: str, fingerprint: str) -> storage.LocalReader | storage.RemoteReader:
     """Open a shard and make sure that it holds the bytes that were indexed.
+
+    Args:
+        store: knows where shards have moved.
+        url: the shard's URL as it was indexed.
+        fingerprint: what identified it then.
 
     Raises:
         ShardMissingError: when it is not there.
         ShardChangedError: when it is another file than the one that was indexed.
     """
-    url = store.shard_url(dataset.urls[shard])
-    reader = storage.open_reader(url)
+    place = store.shard_url(url)
+    reader = storage.open_reader(place)
     found = storage.fingerprint(reader)
-    if not storage.same_bytes(dataset.fingerprints[shard], found, moved=moved):
+    if not storage.same_bytes(fingerprint, found, moved=store.shards_at is not None):
         reader.close()
         raise ShardChangedError(
-            f"{url}: not the shard that was indexed (it was {dataset.fingerprints[shard]}, now it is {found}); "
+            f"{place}: not the shard that was indexed (it was {fingerprint}, now it is {found}); "
             f"restore it, or index the dataset again with `dynams index` and score a new round",
-            shard=dataset.urls[shard],
+            shard=url,
         )
     return reader
-
-
-_NUMBERS: Final = 6  # columns of a member table: offset, size, key start, key stop, row, first member
-_FIRST: Final = 5
 
 
 @dataclass(frozen=True, eq=False)

@@ -24,9 +24,10 @@ from torch import Tensor
 
 from dynams_stream import schema, storage
 from dynams_stream.checkpoint import checkpoint_digest
-from dynams_stream.errors import CheckpointError, DynamsError, SampleError, ScoringError, ShardChangedError
+from dynams_stream.errors import CheckpointError, DynamsError, SampleError, ScoringError
 from dynams_stream.index import ShardIndex, read_part_index
 from dynams_stream.ordered_map import ordered_thread_map
+from dynams_stream.reading import open_shard
 from dynams_stream.scorer import Scorer, ScorerSpec
 from dynams_stream.store import Dataset, Part, Store
 from pipeline.receipt import STEPS, Receipt
@@ -230,7 +231,7 @@ def _batches(task: PartTask) -> Iterator[list[_ShardRows]]:
     for position, (url, recorded) in enumerate(zip(task.urls, task.fingerprints, strict=True)):
         shard = task.part.first_shard + position
         index = indexes[shard]
-        reader = _open_checked(task.store, url, recorded)
+        reader = open_shard(task.store, url, recorded)
         first = 0
         while first < len(index):
             stop = min(len(index), first + space)
@@ -242,19 +243,6 @@ def _batches(task: PartTask) -> Iterator[list[_ShardRows]]:
                 pieces, space = [], task.spec.batch_size
     if pieces:
         yield pieces
-
-
-def _open_checked(store: Store, url: str, recorded: str) -> storage.Reader:
-    place = store.shard_url(url)
-    reader = storage.open_reader(place)
-    found = storage.fingerprint(reader)
-    if not storage.same_bytes(recorded, found, moved=store.shards_at is not None):
-        raise ShardChangedError(
-            f"{place} is not the file that was indexed (now {found}, then {recorded}); "
-            f"restore it, or index the dataset again",
-            shard=place,
-        )
-    return reader
 
 
 class _Decoder:

@@ -219,7 +219,7 @@ def test_changed_and_missing_shards_are_named_after_the_others_are_done(
     copies[9].unlink()
     with pytest.raises(ScoringError, match=r"2 of 15 parts") as error:
         score_round(store, LINEAR, checkpoint=checkpoint, client=client)
-    assert "copy-4.tar is not the file that was indexed" in str(error.value)
+    assert "copy-4.tar: not the shard that was indexed" in str(error.value)
     assert "copy-9.tar: no such file" in str(error.value)
     assert len(finished_parts(store, 1)) == 13
 
@@ -238,7 +238,7 @@ def test_a_copy_elsewhere_scores_the_same(
     (place / Path(digit_shards[2]).name).write_bytes(Path(digit_shards[3]).read_bytes())
     other = Store(tmp_path / "other", shards_at=place)
     build_index(other, digit_shards)
-    with pytest.raises(ScoringError, match="not the file that was indexed"):
+    with pytest.raises(ScoringError, match="not the shard that was indexed"):
         score_round(other, LINEAR, checkpoint=checkpoint, client=client)
     assert issubclass(ShardChangedError, Exception)
 
