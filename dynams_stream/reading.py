@@ -312,6 +312,10 @@ def open_shard(store: Store, url: str, fingerprint: str) -> storage.LocalReader 
     return reader
 
 
+_NUMBERS: Final = 6  # columns of a member table: offset, size, key start, key stop, row, first member
+_FIRST: Final = 5
+
+
 @dataclass(frozen=True, eq=False)
 class _MemberTable:
     """Every sample of one shard, so that looking one up takes few steps (about 90 bytes a sample of three members).
