@@ -274,7 +274,8 @@ class _Job:
         if everything:
             folder = self.store.path(schema.INDEXING_FOLDER)
             self._spent = [storage.join(folder, name) for name in storage.list_names(folder)]
-            storage.remove_leftovers(self.store.path(schema.INDEX_FOLDER))
+            for leftovers in (schema.INDEX_FOLDER, schema.DATASET_FOLDER):
+                storage.remove_leftovers(self.store.path(leftovers))
         for url in self._spent:
             storage.remove(url)
 
@@ -364,6 +365,8 @@ def _publish(store: Store, table: pa.Table, version: int) -> None:
     url, data = store.path(schema.dataset_path(version)), buffer.getvalue()
     try:
         storage.create(url, data)
+    except FileNotFoundError as error:  # the unfinished file was removed as another job's leftover
+        raise _overtaken(store) from error
     except FileExistsError as error:
         # an object store's client repeats a request whose answer it lost; then the table there is ours
         if storage.is_local(url) or storage.read_bytes(url) != data:
