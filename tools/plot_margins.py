@@ -34,8 +34,9 @@ def plot_margins(rounds: Sequence[Round], path: Path, title: str, most: int = 9)
     shown = [rounds[i] for i in np.unique(np.linspace(0, len(rounds) - 1, min(most, len(rounds))).round().astype(int))]
     margins = [_margins(one) for one in shown]
     everything = np.concatenate([values for values, _ in margins])
-    low, high = np.percentile(everything, [0.1, 99.9])
-    bins = np.linspace(min(low, 0.0), high, 61)
+    high = float(np.percentile(everything, 99.9))
+    low = min(0.0, max(-high, float(everything.min())))
+    bins = np.linspace(low, high, 61)
     columns = min(COLUMNS, len(shown)) if len(shown) != 4 else 2
     lines = -(-len(shown) // columns)
     figure = Figure(figsize=(3.8 * columns, 2.5 * lines + 1.0), layout="constrained")
@@ -44,8 +45,7 @@ def plot_margins(rounds: Sequence[Round], path: Path, title: str, most: int = 9)
         _histogram(axis, one, np.clip(values, bins[0], bins[-1]), selected, bins)
     for axis in axes[len(shown) :]:
         axis.set_visible(False)
-    handles, labels = axes[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside upper center", ncols=3, frameon=False)
+    axes[0].legend(loc="upper right", frameon=False, fontsize=8)
     figure.suptitle(title)
     figure.supxlabel(
         "margin: distance to the nearest decision boundary, negative where the prediction is wrong", fontsize=9
