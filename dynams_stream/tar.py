@@ -13,17 +13,32 @@ is not a well-formed tar is an error that names the offset.
 
 from __future__ import annotations
 
-import functools
 import logging
 import re
 from collections.abc import Iterator
-from typing import Final, NamedTuple, NoReturn
+from typing import Final, NoReturn
 from zlib import adler32
 
 from dynams_stream import storage
 from dynams_stream.errors import DuplicateMemberError, ShardFormatError
+from dynams_stream.tar_headers import (
+    BLOCK,
+    EXTENSIONS,
+    FILES,
+    LONG_LINK,
+    LONG_NAME,
+    PAX_GLOBAL,
+    PAX_SPARSE,
+    SPARSE,
+    WITHOUT_DATA,
+    Common,
+    number,
+    pax_fields,
+    read_common,
+    signed_checksum,
+    text,
+)
 
-BLOCK: Final = 512
 _ZEROS: Final = bytes(BLOCK)
 _LOCAL_PIECES: Final = (3 << 10, 64 << 10, 16 << 10)
 _REMOTE_PIECES: Final = (64 << 10, 8 << 20, 2 << 20)
@@ -33,18 +48,10 @@ _TAIL_BYTES: Final = 64 << 10
 _EXTENSION_HEADER_BYTES: Final = 16 << 20
 """Size of a GNU long name or PAX header at most: it is held in memory."""
 
-_FILES: Final = frozenset({b"0", b"\0", b"7"})
-_WITHOUT_DATA: Final = frozenset({b"1", b"2", b"3", b"4", b"5", b"6"})
-_LONG_NAME, _LONG_LINK, _SPARSE = b"L", b"K", b"S"
-_PAX: Final = frozenset({b"x", b"X"})
-_PAX_GLOBAL = b"g"
-_EXTENSIONS: Final = frozenset({_LONG_NAME, _LONG_LINK, _SPARSE, _PAX_GLOBAL, *_PAX})
-_PAX_SPARSE = "GNU.sparse."
-_PAX_LENGTH_DIGITS: Final = 20
 _AGAIN: Final = "write the shard again"
 
 _METADATA: Final = re.compile(r"__[^/]*__(?:$|/)")
-_SAMPLE_FIELDS: Final = frozenset({"__key__", "__url__"})
+_SAMPLE_FIELDS: Final = frozenset({"__key__", "__url__", "__local_path__"})
 _LOADER_FIELDS: Final = frozenset({"__row__", "__weight__", "__pad__"})
 _BAD = "__bad__"
 
@@ -80,7 +87,7 @@ def read_samples(reader: storage.Reader, url: str) -> Iterator[tuple[str, dict[s
             continue
         key, extension = parts
         if not name.isascii():
-            _require_text(url, name)
+            _requiretext(url, name)
         if key != current:
             if current is not None and _is_valid(found):
                 yield current, found
@@ -120,7 +127,7 @@ def _is_valid(found: dict[str, tuple[int, int]]) -> bool:
     return _BAD not in found or found[_BAD][1] == 0
 
 
-def _require_text(url: str, name: str) -> None:
+def _requiretext(url: str, name: str) -> None:
     try:
         name.encode()
     except UnicodeEncodeError as error:
@@ -130,23 +137,22 @@ def _require_text(url: str, name: str) -> None:
 
 
 def _require_new(url: str, row: int, key: str, extension: str, found: dict[str, tuple[int, int]]) -> None:
-    if extension in found or extension in _SAMPLE_FIELDS:
-        other = "two members" if extension in found else f"webdataset's own field {extension} and a member"
-        raise DuplicateMemberError(
-            f"{url}, row {row}, key {key!r}: {other} with the extension {extension!r}; webdataset refuses such a "
-            f"sample too: rename or remove one and write the shard again",
-            shard=url,
-            row=row,
-            key=key,
-        )
-    if extension in _LOADER_FIELDS:
+    place = f"{url}, row {row}, key {key!r}"
+    if extension in found:
+        reason = f"two members with the extension {extension!r}, which webdataset refuses, too"
+    elif extension in _SAMPLE_FIELDS:
+        reason = f"a member with the extension {extension!r}, which is a field that webdataset sets"
+    elif extension in _LOADER_FIELDS:
         raise ShardFormatError(
-            f"{url}, row {row}, key {key!r}: the extension {extension!r} is a field that the loader sets; "
-            f"rename the member and write the shard again",
+            f"{place}: a member with the extension {extension!r}, which is a field that the loader sets; rename it and "
+            f"{_AGAIN}",
             shard=url,
             row=row,
             key=key,
         )
+    else:
+        return
+    raise DuplicateMemberError(f"{place}: {reason}; rename or remove one and {_AGAIN}", shard=url, row=row, key=key)
 
 
 # ---- members ---------------------------------------------------------------------------------------------------------
@@ -161,7 +167,7 @@ def read_members(reader: storage.Reader, url: str) -> Iterator[tuple[str, int, i
         ShardFormatError: names the offset and what to do.
     """
     walk = _Walk(reader, url)
-    common, last = _Common(b"", "", 0), b""
+    common, last = Common(b"", "", 0), b""
     offset, end = 0, walk.require_length()
     while offset < end:
         header = walk.window[offset - walk.start : offset - walk.start + BLOCK]
@@ -173,88 +179,35 @@ def read_members(reader: storage.Reader, url: str) -> Iterator[tuple[str, int, i
         try:
             rest = header[100:124] + header[156:]
             if rest != last:  # of a shard's headers most differ in name, size, time and checksum alone
-                common, last = _read_common(rest), rest
+                common, last = read_common(rest), rest
             # Adler-32's low half is 1 + the sum of the bytes, modulo a number that 148 bytes cannot reach.
             total = (adler32(header[:148]) & 0xFFFF) - 1 + common.total + 8 * 32
-            if number(header[148:156]) != total and number(header[148:156]) != _signed_checksum(header):
+            if number(header[148:156]) != total and number(header[148:156]) != signed_checksum(header):
                 walk.refuse_header(offset, header)
             size = number(header[124:136])
-            number(header[136:148])
+            number(header[136:148])  # a time that is none ends the tar for tarfile
         except ValueError:
             walk.refuse_header(offset, header)
-        kind, name = common.kind, _text(header[:100])
+        kind, name = common.kind, text(header[:100])
         data = offset + BLOCK
-        if kind in _WITHOUT_DATA or (kind == b"\0" and name.endswith("/")):
+        if kind in WITHOUT_DATA or (kind == b"\0" and name.endswith("/")):
             offset = data
             walk.extensions.clear()
             continue
-        if kind in _FILES:
+        if kind not in EXTENSIONS:
             name = common.prefix + name
             if walk.extensions or walk.global_path is not None:
                 name, size = walk.extend(offset, name, size)
         offset = data + size + -size % BLOCK
         if size < 0 or offset > end:
             walk.refuse_length(data, name, size)
-        if kind in _FILES:
+        if kind in FILES:
             yield name, data, size
-        elif kind in _EXTENSIONS:
+        elif kind in EXTENSIONS:
             walk.add_extension(kind, data, size, name)
             continue
         walk.extensions.clear()
     walk.require_no_extension(offset)
-
-
-class _Common(NamedTuple):
-    """What the headers of a shard mostly have in common.
-
-    Attributes:
-        kind: type of the member.
-        prefix: USTAR's leading folders, with a slash; or empty.
-        total: sum of the bytes after the checksum.
-    """
-
-    kind: bytes
-    prefix: str
-    total: int
-
-
-@functools.lru_cache(maxsize=64)
-def _read_common(rest: bytes) -> _Common:
-    """Of a header without name, size, time and checksum (24 bytes before them, 356 after them).
-
-    Raises:
-        ValueError: when mode, user, group or device is no number; tarfile wants them valid.
-    """
-    owner, after = rest[:24], rest[24:]
-    for numbers in (owner[:8], owner[8:16], owner[16:], after[173:181], after[181:189]):
-        number(numbers)
-    prefix = _text(after[189:344])
-    return _Common(after[:1], f"{prefix}/" if prefix else "", sum(after))
-
-
-@functools.lru_cache(maxsize=4096)  # times, checksums and the sizes of small members come again and again
-def number(field: bytes) -> int:
-    """A numeric header field: octal digits, or base 256 when its first byte says so.
-
-    Raises:
-        ValueError: when it is neither.
-    """
-    try:
-        return int(field.rstrip(b"\0 "), 8)
-    except ValueError:
-        if field[0] in (0x80, 0xFF):
-            return int.from_bytes(field[1:], "big") - (256 ** (len(field) - 1) if field[0] == 0xFF else 0)
-        return int(field.split(b"\0", 1)[0].strip() or b"0", 8)
-
-
-def _signed_checksum(header: bytes) -> int:
-    """The sum of signed bytes that some old programs write, the checksum itself taken as spaces."""
-    counted = header[:148] + header[156:]
-    return sum(counted) - 256 * sum(byte > 127 for byte in counted) + 8 * 32
-
-
-def _text(field: bytes) -> str:
-    return field.partition(b"\0")[0].decode("utf-8", "surrogateescape")
 
 
 class _Walk:
@@ -298,7 +251,7 @@ class _Walk:
 
     def add_extension(self, kind: bytes, offset: int, size: int, name: str) -> None:
         """Keep what a long name or PAX header says of the next member, or of all that follow."""
-        if kind == _SPARSE:
+        if kind == SPARSE:
             self._refuse_sparse(offset - BLOCK, name)
         if size > _EXTENSION_HEADER_BYTES:
             self.refuse(
@@ -306,16 +259,16 @@ class _Walk:
                 f"an extension header of {size} bytes, {_EXTENSION_HEADER_BYTES} are allowed; write the shard again",
             )
         content = self.read(offset, size)
-        if kind == _LONG_NAME:
-            self.extensions.append(_text(content))
-        elif kind == _LONG_LINK:
+        if kind == LONG_NAME:
+            self.extensions.append(text(content))
+        elif kind == LONG_LINK:
             self.extensions.append({})
         else:
             try:
-                fields = _pax_fields(content)
+                fields = pax_fields(content)
             except ValueError as error:
                 self.refuse(offset - BLOCK, f"a PAX header that cannot be read ({error}); {_AGAIN}")
-            if kind == _PAX_GLOBAL:
+            if kind == PAX_GLOBAL:
                 self._add_global(offset - BLOCK, fields)
                 fields = {}
             elif self.global_path is not None:
@@ -325,7 +278,7 @@ class _Walk:
     def _add_global(self, offset: int, fields: dict[str, str]) -> None:
         if "path" in fields:
             self.global_path = fields["path"]
-        if "size" in fields or any(field.startswith(_PAX_SPARSE) for field in fields):
+        if "size" in fields or any(field.startswith(PAX_SPARSE) for field in fields):
             self.refuse(offset, f"a global PAX header that sets the size of all members; {_AGAIN}")
 
     def extend(self, offset: int, name: str, size: int) -> tuple[str, int]:
@@ -338,8 +291,8 @@ class _Walk:
                 continue
             if "path" in extension:
                 name = extension["path"].rstrip("/")
-            if any(field.startswith(_PAX_SPARSE) for field in extension):
-                self._refuse_sparse(offset, extension.get(f"{_PAX_SPARSE}name", name))
+            if any(field.startswith(PAX_SPARSE) for field in extension):
+                self._refuse_sparse(offset, extension.get(f"{PAX_SPARSE}name", name))
             if "size" in extension:
                 if not (extension["size"].isascii() and extension["size"].isdigit()):
                     self.refuse(offset, f"the member {name!r} has the PAX size {extension['size']!r}; {_AGAIN}")
@@ -410,25 +363,3 @@ class _Walk:
     def refuse(self, offset: int, reason: str) -> NoReturn:
         """Raise a ShardFormatError."""
         raise ShardFormatError(f"{self.url}, byte {offset}: {reason}", shard=self.url)
-
-
-def _pax_fields(content: bytes) -> dict[str, str]:
-    """The records `<length> <keyword>=<value>\n` of a PAX header.
-
-    Raises:
-        ValueError: when they are not well-formed.
-    """
-    fields: dict[str, str] = {}
-    start = 0
-    while start < len(content):
-        space = content.find(b" ", start, start + _PAX_LENGTH_DIGITS)
-        digits = content[start:space] if space > 0 else b""
-        stop = start + int(digits) if digits.isdigit() else start
-        if not space < stop <= len(content) or content[stop - 1] != 0x0A:
-            raise ValueError(f"no record at its byte {start}")
-        keyword, equals, value = content[space + 1 : stop - 1].partition(b"=")
-        if not equals or not keyword:
-            raise ValueError(f"no keyword at its byte {start}")
-        fields[keyword.decode("utf-8", "surrogateescape")] = value.decode("utf-8", "surrogateescape")
-        start = stop
-    return fields

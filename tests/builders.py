@@ -134,6 +134,15 @@ HARD_CASES: dict[str, bytes] = {
         + padded(b"1")
         + END
     ),
+    "PAX size of an unknown type": (
+        header(b"x", len(pax_record("size", "1300")), b"x")
+        + padded(pax_record("size", "1300"))
+        + header(b"a.vol", 0, b"V")
+        + padded(A)
+        + header(b"a.jpg", len(B))
+        + padded(B)
+        + END
+    ),
     "global PAX headers": tar_bytes([Entry("a.jpg", A), Entry("a.cls", b"1")], "pax", {"comment": "made by hand"}),
     "global PAX path": tar_bytes(
         [Entry("a.jpg", A), Entry("b.jpg", b"1", pax={"path": "own.name"})], "pax", {"path": "g/all.x/"}

@@ -32,7 +32,7 @@ from builders import (
     tar_bytes,
     webdataset_samples,
 )
-from dynams_stream import storage, tar
+from dynams_stream import storage, tar, tar_headers
 from dynams_stream.errors import DuplicateMemberError, ShardError, ShardFormatError, ShardMissingError
 from dynams_stream.index import index_shard
 
@@ -109,7 +109,10 @@ def entries(draw: st.DrawFn) -> Entry:
     pax = draw(PAX)
     if "size" in pax:
         kind, size = b"0", 3
-    return Entry(draw(NAMES), data_of(size, size), kind, pax, draw(st.sampled_from([0, 0, 1.5, 7])))
+    name = draw(NAMES)
+    if kind == b"\0" and name[:100].endswith("/"):
+        size = 0  # tarfile takes it for a directory, even when the name is only cut there, and its data for headers
+    return Entry(name, data_of(size, size), kind, pax, draw(st.sampled_from([0, 0, 1.5, 7])))
 
 
 def writable(entry: Entry, format: str) -> bool:
@@ -129,7 +132,8 @@ GLOBALS = st.sampled_from([{}] * 6 + [{"comment": "git"}, {"path": "g/all.x"}])
 def test_any_tar_is_read_as_webdataset_reads_it(
     place: Path, made: list[Entry], format: str, globals_: dict[str, str], ends: int
 ) -> None:
-    data = tar_bytes([entry for entry in made if writable(entry, format)], format, globals_)
+    made = [entry for entry in made if writable(entry, format)]
+    data = tar_bytes(made, format, globals_)
     data = padded(data.rstrip(b"\0")) + bytes(BLOCK * ends)
     url = write(place, data or END)
     try:
@@ -183,14 +187,21 @@ def test_members_that_would_replace_webdatasets_fields_are_refused_by_both(exten
     url = write(place, tar_bytes([Entry(f"a.{extension}", b"1")]))
     with pytest.raises(ValueError, match="duplicate file name"):
         webdataset_samples(url)
-    with pytest.raises(DuplicateMemberError, match=f"{extension.lower()} and a member"):
+    with pytest.raises(DuplicateMemberError, match=f"'{extension.lower()}', which is a field that webdataset sets"):
+        index_shard(url)
+
+
+def test_a_member_that_webdataset_would_replace_is_refused(place: Path) -> None:
+    url = write(place, tar_bytes([Entry("a.__local_path__", b"1"), Entry("a.jpg")]))
+    assert webdataset_samples(url)[0].keys() == {"__key__", "__url__", "jpg"}  # its own path took the member's place
+    with pytest.raises(DuplicateMemberError, match="'__local_path__', which is a field that webdataset sets"):
         index_shard(url)
 
 
 @pytest.mark.parametrize("extension", ["__row__", "__weight__", "__pad__"])
 def test_members_that_the_loader_would_replace_are_refused(extension: str, place: Path) -> None:
     url = write(place, tar_bytes([Entry(f"a.{extension}", b"1")]))
-    with pytest.raises(ShardFormatError, match=f"{extension}' is a field that the loader sets"):
+    with pytest.raises(ShardFormatError, match=f"'{extension}', which is a field that the loader sets"):
         index_shard(url)
 
 
@@ -260,6 +271,10 @@ REFUSED = {
     "checksum": (
         header(b"a.jpg", 0) + header(b"b.jpg", 0).replace(b"b.jpg", b"c.jpg"),
         "byte 512: a block that is no tar header",
+    ),
+    "old-type file whose long name is cut at a slash": (
+        tar_bytes([Entry("d/" * 60 + "a.jpg", A, b"\0"), Entry("b.jpg")]),
+        "byte 1536: a block that is no tar header",
     ),
     "name not in UTF-8": (tar_bytes([Entry("a.jpg"), Entry("a.\udcff")]), r"'a.\\udcff' is not UTF-8"),
     "data cut": (
@@ -392,4 +407,4 @@ def test_a_remote_shard_gives_the_same_index_in_few_requests(place: Path, monkey
     ],
 )
 def test_numbers_are_read_as_tarfile_reads_them(field: bytes, value: int) -> None:
-    assert tar.number(field) == value == tarfile.nti(field)  # type: ignore[attr-defined]
+    assert tar_headers.number(field) == value == tarfile.nti(field)  # type: ignore[attr-defined]
