@@ -128,7 +128,7 @@ def _read_flat(
     weights: npt.NDArray[np.float32] | None = None
     line = filled = weighted = 0
     for group in range(about.num_row_groups):
-        table = file.read_row_group(group)
+        table = file.read_row_group(group, use_threads=False)
         shards = table["shard"].to_numpy()
         if not np.array_equal(shards, np.arange(line, line + len(shards))):
             raise _malformed(url, f"row group {group} does not hold shards {line} to {line + len(shards) - 1} in order")

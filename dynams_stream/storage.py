@@ -24,6 +24,7 @@ from contextlib import contextmanager, suppress
 from typing import BinaryIO, Protocol, cast
 
 import fsspec
+import pyarrow as pa
 
 from dynams_stream.errors import MissingExtraError, ShardChangedError, ShardMissingError, StoreError, UsageError
 
@@ -199,9 +200,13 @@ def open_sequential(url: str) -> BinaryIO:
 
 
 def open_random(url: str) -> BinaryIO:
-    """Open a table's file for the scattered reads of a Parquet reader."""
+    """Open a table's file for the scattered reads of a Parquet reader.
+
+    Local files are opened by Arrow itself: its threads would call a Python file's methods, and one that still does when
+    the interpreter ends aborts the process.
+    """
     if is_local(url):
-        return open(url, "rb")
+        return cast(BinaryIO, pa.OSFile(url, "rb"))
     return cast(BinaryIO, file_system(url).open(url, "rb", cache_type="none"))
 
 

@@ -374,7 +374,8 @@ def _is_numbered_table(name: str) -> bool:
 def _read_dataset(url: str, version: int) -> Dataset:
     data = storage.read_bytes(url)
     try:
-        table = pq.read_table(pa.BufferReader(data))
+        # Not `read_table`: it leaves the bytes to threads that may outlive the interpreter, which aborts the process.
+        table = pq.ParquetFile(pa.BufferReader(data)).read(use_threads=False)
     except pa.ArrowInvalid as error:
         raise StoreError(f"{url}: not a readable Parquet file ({error}); restore it, or index again") from error
     schema.require_format(table.schema.metadata, url)

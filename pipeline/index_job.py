@@ -350,7 +350,7 @@ def _dataset_table(job: _Job, shards: list[str], threads: int) -> pa.Table:
 def _holds(store: Store, dataset: Dataset, table: pa.Table) -> bool:
     """Whether a dataset version has this very table (only index files of it were missing)."""
     with storage.open_random(store.path(schema.dataset_path(dataset.version))) as file:
-        return bool(pq.read_table(file).equals(table))
+        return bool(pq.ParquetFile(file).read(use_threads=False).equals(table))
 
 
 def _publish(store: Store, table: pa.Table, version: int) -> None:

@@ -6,6 +6,7 @@ Prints one JSON line with the scheduler's address, then lives until its standard
 from __future__ import annotations
 
 import json
+import logging
 import sys
 
 import dask
@@ -40,7 +41,7 @@ def main() -> None:
         n_workers=workers,
         threads_per_worker=1,
         dashboard_address=None,
-        silence_logs=40,
+        silence_logs=logging.CRITICAL,  # failures of tasks come back as errors; their tracebacks would only hide those
         env={"DYNAMS_CORES": str(cores_per_worker(workers))},
     ) as cluster:
         print(json.dumps({"address": cluster.scheduler_address}), flush=True)

@@ -66,6 +66,8 @@ def run(app: typer.Typer | Callable[[], Any], arguments: list[str] | None = None
         command = typer.main.get_command(app) if isinstance(app, typer.Typer) else app()
         command.name = name.rsplit(" ", 1)[-1]
         outcome = command.main(args=given, prog_name=name, standalone_mode=False)
+        if outcome == EXIT_INTERRUPTED:  # typer's answer to Ctrl-C
+            raise KeyboardInterrupt
         sys.exit(outcome if isinstance(outcome, int) else 0)
     except (typer.Abort, KeyboardInterrupt):
         _fail("stopped; run the same command again to go on", EXIT_INTERRUPTED, debug)
