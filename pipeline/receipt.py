@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+import time
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -38,3 +40,31 @@ def total_seconds(receipts: Iterable[Receipt]) -> dict[str, float]:
         for name, seconds in receipt.seconds.items():
             totals[name] += seconds
     return totals
+
+
+class Clock:
+    """Seconds of each step, added up from several threads."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = dict.fromkeys(STEPS, 0.0)
+        self._lock = threading.Lock()
+
+    def timed(self, name: str) -> _Timed:
+        """A context manager whose duration is added to step `name`."""
+        return _Timed(self, name)
+
+    def add(self, name: str, seconds: float) -> None:
+        """Add seconds to step `name`."""
+        with self._lock:
+            self.seconds[name] += seconds
+
+
+class _Timed:
+    def __init__(self, clock: Clock, name: str):
+        self._clock, self._name = clock, name
+
+    def __enter__(self) -> None:
+        self._started = time.perf_counter()
+
+    def __exit__(self, *exception: object) -> None:
+        self._clock.add(self._name, time.perf_counter() - self._started)

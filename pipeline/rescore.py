@@ -11,7 +11,7 @@ from dynams_stream import storage
 from dynams_stream.errors import CheckpointError, UsageError
 from dynams_stream.scorer import ScorerSpec
 from dynams_stream.store import Round, Store
-from pipeline.rounds import score_round
+from pipeline.score_job import score_round
 from pipeline.select_job import select_round
 
 CHECKPOINT_ENDINGS = (".safetensors", ".pt", ".pth")
@@ -33,7 +33,7 @@ def rescore(
 
     Args:
         store, scorer, checkpoint, fraction, strategy: as for `pipeline.run_round`.
-        job: further arguments of `pipeline.rounds.score_round`: scheduler, workers, device, progress, …
+        job: further arguments of `pipeline.score_job.score_round`: scheduler, workers, device, progress, …
     """
     path = storage.absolute(checkpoint)
     scored = score_round(store, scorer, checkpoint=path, **job)

@@ -16,7 +16,7 @@ import toy_models
 from dynams_stream import ParameterSharingProxy, ScorerSpec, SelectedDataset, Store, schema
 from dynams_stream.errors import ModelError, RoundExistsError
 from pipeline import run_round
-from pipeline.rounds import ScoreProgress
+from pipeline.score_job import ScoreProgress
 from pipeline.select_job import select_round
 
 SLIM = ScorerSpec(model="toy_models:small_cnn", input="png", label="cls", transform="toy_models:gray", width=0.5)

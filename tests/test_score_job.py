@@ -25,7 +25,7 @@ from dynams_stream import ParameterSharingProxy, ScorerSpec, Store, schema
 from dynams_stream.errors import CheckpointError, ScoringError, ShardChangedError
 from pipeline.index_job import build_index
 from pipeline.pending import finished_parts
-from pipeline.rounds import score_round
+from pipeline.score_job import score_round
 from pipeline.shards import write_shards
 
 LINEAR = ScorerSpec(model="toy_models:linear", input="png", label="cls", transform="toy_models:gray", batch_size=37)

@@ -14,7 +14,7 @@ from distributed import Client
 import toy_models
 from dynams_stream import ScorerSpec, Store, schema
 from dynams_stream.errors import RoundNotFoundError, ScoresIncompleteError, StoreError, UsageError
-from pipeline.rounds import score_round
+from pipeline.score_job import score_round
 from pipeline.select_job import select_round
 
 LINEAR = ScorerSpec(model="toy_models:linear", input="png", label="cls", transform="toy_models:gray")

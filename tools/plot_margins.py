@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,16 @@ SELECTED, REST = "#d1495b", "#c9d1d9"
 COLUMNS = 3
 
 
+def require_matplotlib() -> None:
+    """Refuse to begin what ends in a plot without matplotlib.
+
+    Raises:
+        MissingExtraError: names the extra to install.
+    """
+    if importlib.util.find_spec("matplotlib") is None:
+        raise MissingExtraError("plots need matplotlib: pip install 'dynams-stream[train]'")
+
+
 def plot_margins(rounds: Sequence[Round], path: Path, title: str, most: int = 9) -> None:
     """Draw one small histogram a round: signed margins of all samples, the selected ones in colour, the cut dashed.
 
@@ -24,13 +35,10 @@ def plot_margins(rounds: Sequence[Round], path: Path, title: str, most: int = 9)
         title: headline.
         most: how many rounds to draw.
 
-    Raises:
-        MissingExtraError: without matplotlib.
+    It needs matplotlib; ask `require_matplotlib` before the work that leads here.
     """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise MissingExtraError("plots need matplotlib: pip install 'dynams-stream[train]'") from error
+    from matplotlib.figure import Figure
+
     shown = [rounds[i] for i in np.unique(np.linspace(0, len(rounds) - 1, min(most, len(rounds))).round().astype(int))]
     margins = [_margins(one) for one in shown]
     everything = np.concatenate([values for values, _ in margins])

@@ -8,7 +8,7 @@ import typer
 
 from dynams_stream import storage
 from dynams_stream.store import Store
-from pipeline.rounds import ScoredRound, ScorePlan, first_extensions, plan_round, score_round
+from pipeline.score_job import ScoredRound, ScorePlan, first_extensions, plan_round, score_round
 from tools.command import (
     ConfigOption,
     DebugOption,

@@ -11,7 +11,7 @@ import typer
 
 from dynams_stream.errors import UsageError
 from dynams_stream.scorer import ScorerSpec
-from pipeline.rounds import Progress, ScoreProgress
+from pipeline.score_job import Progress, ScoreProgress
 from tools.command import progress_bar
 
 ModelOption = Annotated[str, typer.Option("--model", help="module:callable that returns the full-width nn.Module.")]

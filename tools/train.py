@@ -18,7 +18,7 @@ from pipeline.cluster import dask_client
 from pipeline.index_job import build_index
 from pipeline.shards import open_source, write_shards
 from tools.command import DebugOption, JsonOption, WorkersOption, progress_bar, run, say, show
-from tools.plot_margins import plot_margins
+from tools.plot_margins import plot_margins, require_matplotlib
 from tools.scoring_options import SchedulerOption
 from tools.training import RunResult, run_folder, train_run
 from tools.training_config import METHODS, RunConfig, read_config
@@ -47,6 +47,7 @@ def train(
     Example: dynams train --config examples/mnist.toml --method dynams --seed 0
     """
     chosen = _chosen(read_config(config), method, seed, out)
+    require_matplotlib()
     shards, test = prepare_data(chosen)
     with dask_client(scheduler=scheduler, workers=workers) as client:
         results = [

@@ -1,0 +1,129 @@
+"""Reads and decodes the samples of one part, front to back, in batches.
+
+shards of the part ──batches of consecutive rows──► long range reads ──► members ──► tensors and labels
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+from dynams_stream import storage
+from dynams_stream.errors import SampleError
+from dynams_stream.index import ShardIndex, read_part_index
+from dynams_stream.reading import open_shard
+from dynams_stream.scorer import Scorer
+from dynams_stream.store import Part, Store
+from pipeline.receipt import Clock
+from pipeline.score_table import Batch
+
+READ_BYTES = 8 << 20
+"""Bytes of one sequential read; a part needs nearly every byte of its shards."""
+
+
+@dataclass(frozen=True, eq=False)
+class ShardRows:
+    """Consecutive rows of one shard."""
+
+    shard: int
+    reader: storage.Reader
+    index: ShardIndex
+    first: int
+    stop: int
+
+
+def part_batches(
+    store: Store, part: Part, urls: Sequence[str], fingerprints: Sequence[str], batch_size: int
+) -> Iterator[list[ShardRows]]:
+    """The part's samples in runs of `batch_size`, across its shards; batches never cross parts.
+
+    Raises:
+        ShardMissingError, ShardChangedError: when a shard is gone, or not the one that was indexed.
+    """
+    indexes = read_part_index(store.path(part.index_file))
+    pieces: list[ShardRows] = []
+    space = batch_size
+    for position, (url, recorded) in enumerate(zip(urls, fingerprints, strict=True)):
+        shard = part.first_shard + position
+        index = indexes[shard]
+        reader = open_shard(store, url, recorded)
+        first = 0
+        while first < len(index):
+            stop = min(len(index), first + space)
+            pieces.append(ShardRows(shard, reader, index, first, stop))
+            space -= stop - first
+            first = stop
+            if space == 0:
+                yield pieces
+                pieces, space = [], batch_size
+    if pieces:
+        yield pieces
+
+
+class Decoder:
+    """Reads and decodes one batch; called from several threads."""
+
+    def __init__(self, scorer: Scorer, clock: Clock):
+        self._scorer, self._clock = scorer, clock
+        self._classes = scorer.classes
+
+    def __call__(self, pieces: list[ShardRows]) -> Batch:
+        batch = Batch()
+        for piece in pieces:
+            with self._clock.timed("read"):
+                samples = list(_read_rows(piece, self._scorer.extensions))
+            with self._clock.timed("decode"):
+                for row, members in samples:
+                    batch.shards.append(piece.shard)
+                    batch.rows.append(row)
+                    batch.keys.append(piece.index.keys[row].as_py())
+                    self._decode(batch, members)
+        return batch
+
+    def _decode(self, batch: Batch, members: Mapping[str, bytes]) -> None:
+        tensor, label, reason = None, -1, None
+        try:
+            tensor, label = self._scorer.prepare(members)
+            if label >= self._classes:
+                tensor, reason = None, f"label {label} is outside the model's classes 0 … {self._classes - 1}"
+        except SampleError as error:
+            reason = str(error)
+        batch.inputs.append(tensor)
+        batch.labels.append(label)
+        batch.errors.append(reason)
+
+
+def _read_rows(piece: ShardRows, extensions: frozenset[str]) -> Iterator[tuple[int, dict[str, bytes]]]:
+    """(row, members) of consecutive rows, read in long sequential ranges."""
+    row = piece.first
+    while row < piece.stop:
+        start, stop, end = _block(piece.index, row, piece.stop)
+        data = piece.reader.pread(start, end - start) if end > start else b""
+        for current in range(row, stop):
+            yield (
+                current,
+                {
+                    ext: data[offset - start : offset - start + size]
+                    for ext, offset, size in piece.index.members(current)
+                    if ext in extensions
+                },
+            )
+        row = stop
+
+
+def _block(index: ShardIndex, row: int, last: int) -> tuple[int, int, int]:
+    """Byte offset, row after the last, end offset of the next read: as many rows as fit, at least one."""
+    starts = index.starts
+    start = int(index.offsets[starts[row]]) if starts[row + 1] > starts[row] else 0
+    stop = row + 1
+    end = _end(index, row, start)
+    while stop < last and _end(index, stop, end) - start <= READ_BYTES:
+        end = _end(index, stop, end)
+        stop += 1
+    return start, stop, end
+
+
+def _end(index: ShardIndex, row: int, default: int) -> int:
+    members = slice(int(index.starts[row]), int(index.starts[row + 1]))
+    ends = index.offsets[members] + index.sizes[members]
+    return int(ends.max()) if len(ends) else default

@@ -1,0 +1,177 @@
+"""One part of a scoring job: read its shards, decode, forward, write its score table. A plain function of its task.
+
+shards ──read ranges──► members ──decode threads──► batches ──forward──► columns ──► scores/part-<n>.parquet
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import threading
+import time
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+import torch
+
+from dynams_stream import schema, storage
+from dynams_stream.checkpoint import checkpoint_digest
+from dynams_stream.errors import CheckpointError, DynamsError, ScoringError
+from dynams_stream.ordered_map import ordered_thread_map
+from dynams_stream.scorer import Scorer, ScorerSpec
+from dynams_stream.store import Part, Store
+from pipeline.part_reader import Decoder, part_batches
+from pipeline.receipt import Clock, Receipt
+from pipeline.score_table import Batch, ScoreTable
+
+
+@dataclass(frozen=True)
+class PartTask:
+    """Everything a worker needs to score one part.
+
+    Attributes:
+        store: where index and scores lie.
+        number: the round being scored.
+        part: which part.
+        urls: URL of each of its shards, as indexed.
+        fingerprints: what identified each shard when it was indexed.
+        spec: the resolved scorer.
+        checkpoint: path or URL of the weights.
+        checkpoint_sha256: their digest, checked before they are used.
+        identity: what the table says it was made from, as JSON.
+        provenance: what it records besides.
+        device: "cpu" or "cuda".
+    """
+
+    store: Store
+    number: int
+    part: Part
+    urls: tuple[str, ...]
+    fingerprints: tuple[str, ...]
+    spec: ScorerSpec
+    checkpoint: str | None
+    checkpoint_sha256: str | None
+    identity: str
+    provenance: Mapping[str, Any]
+    device: str
+
+
+def score_part(task: PartTask) -> Receipt:
+    """Score one part and write its table.
+
+    Raises:
+        ShardError: when a shard is missing or not the one that was indexed.
+        ModelError: when the network cannot be built or run.
+        ScoringError: when lines and samples do not add up.
+    """
+    torch.set_num_threads(_cores())
+    scorer = _scorer(task.spec, task.checkpoint, task.checkpoint_sha256, _device(task.device))
+    clock, table = Clock(), ScoreTable()
+    batches = part_batches(task.store, task.part, task.urls, task.fingerprints, task.spec.batch_size)
+    for batch in ordered_thread_map(_decode_threads())(Decoder(scorer, clock), batches):
+        with clock.timed("forward"):
+            columns = _score_by_shape(scorer, batch)
+        table.add(batch, columns)
+    return _write(task, table, clock)
+
+
+def _write(task: PartTask, table: ScoreTable, clock: Clock) -> Receipt:
+    if table.lines != task.part.samples:
+        raise ScoringError(
+            f"part {task.part.number}: {table.lines} lines for {task.part.samples} samples; index the dataset again"
+        )
+    began = time.perf_counter()
+
+    def receipt() -> Receipt:
+        clock.add("write", time.perf_counter() - began)
+        return Receipt(
+            part=task.part.number,
+            samples=table.lines,
+            failed=table.failed,
+            seconds=dict(clock.seconds),
+            errors=tuple(table.errors),
+            provenance=task.provenance,
+        )
+
+    data, made = table.parquet(task.identity, receipt)
+    storage.write_bytes(task.store.path(schema.scores_path(task.number, task.part.number)), data)
+    return made
+
+
+def _cores() -> int:
+    return int(os.environ.get("DYNAMS_CORES", "1"))
+
+
+def _decode_threads() -> int:
+    return max(2, _cores())
+
+
+def _device(device: str) -> str:
+    """The GPU of this worker: workers of a local cluster are numbered and share the machine's GPUs in turn."""
+    if device != "cuda":
+        return device
+    from distributed import get_worker  # not run here: there is no GPU on the machines this is tested on
+
+    return f"cuda:{int(get_worker().name) % torch.cuda.device_count()}"
+
+
+_building = threading.Lock()
+
+
+def _scorer(spec: ScorerSpec, checkpoint: str | None, sha256: str | None, device: str) -> Scorer:
+    """The scorer of this worker process, built once per checkpoint."""
+    with _building:
+        return _cached_scorer(_Hashable(spec), checkpoint, sha256, device)
+
+
+class _Hashable:
+    """A spec as a cache key: it holds a mapping, which cannot be hashed itself."""
+
+    def __init__(self, spec: ScorerSpec):
+        self.spec = spec
+        self._text = json.dumps(asdict(spec), sort_keys=True)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Hashable) and self._text == other._text
+
+    def __hash__(self) -> int:
+        return hash(self._text)
+
+
+@lru_cache(maxsize=1)
+def _cached_scorer(spec: _Hashable, checkpoint: str | None, sha256: str | None, device: str) -> Scorer:
+    if checkpoint is not None and checkpoint_digest(checkpoint) != sha256:
+        raise CheckpointError(
+            f"{checkpoint} was replaced while the job ran; keep checkpoints immutable, or start again"
+        )
+    return Scorer(spec.spec, checkpoint, device)
+
+
+def _score_by_shape(scorer: Scorer, batch: Batch) -> dict[str, np.ndarray]:
+    """The batch's score columns, NaN where a sample failed; inputs of unequal shapes go through one shape at a time."""
+    count = len(batch.rows)
+    columns = {name: np.full(count, np.nan, dtype=np.float32) for name in schema.SCORE_COLUMNS}
+    columns["predicted"] = np.full(count, -1, dtype=np.int64)
+    columns["runner_up"] = np.full(count, -1, dtype=np.int64)
+    shapes: dict[torch.Size, list[int]] = {}
+    for position, tensor in enumerate(batch.inputs):
+        if tensor is not None:
+            shapes.setdefault(tensor.shape, []).append(position)
+    for positions in shapes.values():
+        inputs = torch.stack([batch.inputs[position] for position in positions])  # type: ignore[misc]
+        labels = torch.tensor([batch.labels[position] for position in positions], dtype=torch.int64)
+        try:
+            scores = scorer.score(inputs, labels)
+        except DynamsError:
+            raise
+        except (RuntimeError, ValueError, TypeError) as error:
+            raise ScoringError(
+                f"the model failed on inputs of shape {tuple(inputs.shape)}: {error}; "
+                f"does --transform give what it takes?"
+            ) from error
+        for name in columns:
+            columns[name][positions] = getattr(scores, name).cpu().numpy()
+    return columns

@@ -1,0 +1,55 @@
+"""Weights that are in memory, saved into the store for the workers that will score with them."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import tempfile
+from pathlib import Path
+
+from torch import nn
+
+from dynams_stream import schema, storage
+from dynams_stream.checkpoint import save_weights
+from dynams_stream.errors import ModelError
+from dynams_stream.proxy import ParameterSharingProxy
+from dynams_stream.scorer import ScorerSpec, build_network
+from dynams_stream.store import Store
+
+
+def save_module(
+    store: Store, spec: ScorerSpec, weights: nn.Module | str | os.PathLike[str] | None, epoch: int | None
+) -> str:
+    """The checkpoint's path: the one given, or the module's weights saved into the store under their digest.
+
+    Raises:
+        ModelError: when the module and the scorer's width do not go together.
+    """
+    if isinstance(weights, (str, os.PathLike)):
+        return storage.absolute(weights)
+    module = build_network(spec, None) if weights is None else getattr(weights, "module", weights)
+    with tempfile.TemporaryDirectory() as folder:
+        path = str(Path(folder) / "weights.safetensors")
+        if isinstance(module, ParameterSharingProxy):
+            if spec.width == 1:
+                save_weights(module.model, path, _metadata(epoch))
+            elif module.width == spec.width:
+                module.save(path, epoch=epoch)
+            else:
+                raise ModelError(f"the proxy has width {module.width}, the scorer asks for {spec.width}")
+        elif spec.width == 1 or weights is None:
+            save_weights(module, path, _metadata(epoch))
+        else:
+            raise ModelError(
+                f"a scorer of width {spec.width} needs the weights of a ParameterSharingProxy; "
+                f"got a {type(module).__name__}. Pass the proxy, or score with width=1"
+            )
+        data = Path(path).read_bytes()
+    url = store.path(f"{schema.WEIGHTS_FOLDER}/{hashlib.sha256(data).hexdigest()[:16]}.safetensors")
+    if not storage.exists(url):
+        storage.write_bytes(url, data)
+    return url
+
+
+def _metadata(epoch: int | None) -> dict[str, str]:
+    return {"format": "dynams-full", "width": "1.0", **({} if epoch is None else {"epoch": str(epoch)})}
