@@ -67,6 +67,9 @@ def test_every_method_trains_on_what_was_planned_and_a_rerun_does_nothing(config
     again = CliRunner().invoke(app, ["--config", str(config), "--workers", "1", "--json"], catch_exceptions=False)
     assert json.loads(again.stdout)["results"] == json.loads(first.stdout)["results"]
     assert len((tmp_path / "out" / "results.jsonl").read_text().splitlines()) == 4
+    config.write_text(config.read_text().replace("samples_per_shard = 300", "samples_per_shard = 200"))
+    with pytest.raises(UsageError, match="holds shards of"):
+        CliRunner().invoke(app, ["--config", str(config), "--workers", "1"], catch_exceptions=False)
 
 
 def result(method: str, seed: int, accuracy: float) -> RunResult:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from distributed import Client
 
 from dynams_stream.errors import UsageError
 from dynams_stream.store import Store
@@ -24,6 +25,9 @@ from tools.training import RunResult, run_folder, train_run
 from tools.training_config import METHODS, RunConfig, read_config
 
 app = typer.Typer(add_completion=False)
+
+_NOT_IN_SHARDS = {"transform", "input", "label"}
+"""Settings of the data that do not change its shards."""
 
 
 @app.command()
@@ -48,14 +52,14 @@ def train(
     """
     chosen = _chosen(read_config(config), method, seed, out)
     require_matplotlib()
-    shards, test = prepare_data(chosen)
+    data, test = prepare_data(chosen)
     with dask_client(scheduler=scheduler, workers=workers) as client:
         results = [
-            _finished(chosen, name, number) or _run(chosen, name, number, shards, test, client)
+            _finished(chosen, name, number) or _run(chosen, name, number, data, test, client)
             for number in chosen.seeds
             for name in chosen.methods
         ]
-    plots = _plots(chosen)
+    plots = _plots(chosen, results)
     files = [chosen.out / "results.jsonl", *plots, chosen.out / "stores", chosen.out / "shards"]
     show(
         {"results": [asdict(result) for result in results], "files": [str(file) for file in files]},
@@ -72,29 +76,43 @@ def _chosen(config: RunConfig, methods: list[str] | None, seeds: list[int] | Non
     return config.model_copy(update={name: value for name, value in changes.items() if value})
 
 
-def prepare_data(config: RunConfig) -> tuple[list[str], Store]:
-    """Write the train and test shards below `out` once, and index the test shards; gives the train shards' paths."""
-    data, written = config.data, {}
-    for split in ("train", "test"):
-        folder = config.out / "shards" / split
-        found = sorted(str(path.resolve()) for path in folder.glob("*.tar"))
-        if not found:
-            with progress_bar(f"shard {split}", "samples") as report:
-                found = write_shards(
-                    open_source(data.dataset, data.root, split), folder, prefix=split,
-                    samples_per_shard=data.samples_per_shard, progress=report,
-                )  # fmt: skip
-        written[split] = found
-    test = Store(config.out / "shards" / "test")
-    build_index(test, written["test"])
-    return written["train"], test
+def prepare_data(config: RunConfig) -> tuple[Store, Store]:
+    """The train and test shards below `out`, each folder with its index; written once.
+
+    Raises:
+        UsageError: when the shards there were made from other data.
+    """
+    made_from, wanted = config.out / "shards" / "data.json", config.data.model_dump_json(exclude=_NOT_IN_SHARDS)
+    if not made_from.exists():
+        made_from.parent.mkdir(parents=True, exist_ok=True)
+        made_from.write_text(wanted)
+    elif made_from.read_text() != wanted:
+        raise UsageError(
+            f"{made_from.parent} holds shards of {made_from.read_text()}, the configuration asks for {wanted}; "
+            f"name another --out, or remove that folder"
+        )
+    return _prepare_split(config, "train"), _prepare_split(config, "test")
 
 
-def _run(config: RunConfig, method: str, seed: int, shards: list[str], test: Store, client: object) -> RunResult:
+def _prepare_split(config: RunConfig, split: str) -> Store:
+    data, folder = config.data, config.out / "shards" / split
+    store = Store(folder)
+    if store.dataset_versions():  # indexed after the last shard was written, so they are all there
+        return store
+    with progress_bar(f"shard {split}", "samples") as report:
+        urls = write_shards(
+            open_source(data.dataset, data.root, split), folder, prefix=split,
+            samples_per_shard=data.samples_per_shard, overwrite=True, progress=report,
+        )  # fmt: skip
+    build_index(store, urls)
+    return store
+
+
+def _run(config: RunConfig, method: str, seed: int, data: Store, test: Store, client: Client) -> RunResult:
     store = Store(run_folder(config, method, seed))
-    build_index(store, shards)
+    build_index(store, data.dataset().urls)
     with progress_bar(f"{method}, seed {seed}", "epochs") as report:
-        result = train_run(config, method, seed, store, test, client, report)  # type: ignore[arg-type]
+        result = train_run(config, method, seed, store, test, client, report)
     say(f"{method}, seed {seed}: {100 * result.accuracy:.2f} % in {result.seconds:.1f} s")
     with _results_file(config).open("a") as file:
         file.write(json_module.dumps({"config": _digest(config), **asdict(result)}) + "\n")
@@ -123,13 +141,15 @@ def _digest(config: RunConfig) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-def _plots(config: RunConfig) -> list[Path]:
-    """The margin histograms of the first seed's DynaMS run."""
-    if "dynams" not in config.methods:
+def _plots(config: RunConfig, results: Sequence[RunResult]) -> list[Path]:
+    """The margin histograms of the first DynaMS run."""
+    first = next((result for result in results if result.method == "dynams"), None)
+    if first is None:
         return []
-    store = Store(run_folder(config, "dynams", config.seeds[0]))
+    store = Store(run_folder(config, first.method, first.seed))
     path = config.out / "margins.png"
-    plot_margins(store.rounds(), path, f"{config.data.dataset}: margins by round, seed {config.seeds[0]}")
+    rounds = [store.round(number) for number in first.rounds]
+    plot_margins(rounds, path, f"{config.data.dataset}: margins by round, seed {first.seed}")
     return [path]
 
 
