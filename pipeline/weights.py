@@ -27,18 +27,18 @@ def save_module(
     """
     if isinstance(weights, (str, os.PathLike)):
         return storage.absolute(weights)
-    module = build_network(spec, None) if weights is None else getattr(weights, "module", weights)
+    module = build_network(spec, None) if weights is None else _unwrapped(weights)
     with tempfile.TemporaryDirectory() as folder:
         path = str(Path(folder) / "weights.safetensors")
         if isinstance(module, ParameterSharingProxy):
             if spec.width == 1:
-                save_weights(module.model, path, _metadata(epoch))
+                save_weights(module.model, path, _metadata(spec, epoch))
             elif module.width == spec.width:
                 module.save(path, epoch=epoch)
             else:
                 raise ModelError(f"the proxy has width {module.width}, the scorer asks for {spec.width}")
         elif spec.width == 1 or weights is None:
-            save_weights(module, path, _metadata(epoch))
+            save_weights(module, path, _metadata(spec, epoch))
         else:
             raise ModelError(
                 f"a scorer of width {spec.width} needs the weights of a ParameterSharingProxy; "
@@ -51,5 +51,16 @@ def save_module(
     return url
 
 
-def _metadata(epoch: int | None) -> dict[str, str]:
-    return {"format": "dynams-full", "width": "1.0", **({} if epoch is None else {"epoch": str(epoch)})}
+def _unwrapped(module: nn.Module) -> nn.Module:
+    """The module inside DistributedDataParallel and torch.compile."""
+    while isinstance(inner := getattr(module, "module", getattr(module, "_orig_mod", None)), nn.Module):
+        module = inner
+    return module
+
+
+def _metadata(spec: ScorerSpec, epoch: int | None) -> dict[str, str]:
+    return {
+        "format": "dynams-weights",
+        "width": repr(float(spec.width)),
+        **({} if epoch is None else {"epoch": str(epoch)}),
+    }

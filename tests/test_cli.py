@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from distributed import Client
 
 import toy_models
 from tools.cli import COMMANDS
@@ -63,6 +64,14 @@ def test_shard_index_score_select_status(tmp_path: Path, checkpoint: Path) -> No
     assert (status["published_rounds"], status["dataset"]["samples"]) == (1, 1437)
     assert 0 <= status["newest_round_age_seconds"] < 200
     assert "432" in dynams("status", "--store", store).stdout
+
+
+def test_a_running_scheduler_scores(tmp_path: Path, checkpoint: Path, client: Client) -> None:
+    dynams("shard", "--dataset", "digits", "--out", tmp_path / "d", "--store", tmp_path / "s")
+    command = ("score", "--store", tmp_path / "s", "--checkpoint", checkpoint, *SCORING, "--json")
+    result = json.loads(dynams(*command, "--scheduler", client.scheduler.address).stdout)
+    assert (result["scored"], result["resumed_parts"]) == (1437, 0)
+    assert client.status == "running"
 
 
 def test_help_names_every_command() -> None:

@@ -70,6 +70,9 @@ def test_full_models_paths_and_factories(
     assert by_path.manifest["selection"] == by_model.manifest["selection"]
     linear = ScorerSpec(model="toy_models:linear", input="png", transform="toy_models:gray")
     assert run_round(digit_store, linear, fraction=0.5, client=client).counts["scored"] == 1437
+    assert run_round(digit_store, SLIM, fraction=0.5, client=client).counts["scored"] == 1437
+    compiled = torch.compile(torch.nn.DataParallel(network), backend="eager")
+    assert run_round(digit_store, FULL, weights=compiled, fraction=0.5, client=client).number == by_model.number
     with pytest.raises(ModelError, match="needs the weights of a ParameterSharingProxy"):
         run_round(digit_store, SLIM, weights=network.model, fraction=0.5, client=client)
     with pytest.raises(ModelError, match=r"width 0\.25, the scorer asks for 0\.5"):
