@@ -16,7 +16,6 @@ shows medians. One process, default shuffle, raw bytes, nothing decoded.
 from __future__ import annotations
 
 import argparse
-import hashlib
 import io
 import itertools
 import json
@@ -30,14 +29,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 import webdataset as wds
 
-from dynams_stream import schema, storage
 from dynams_stream.store import Store
 from dynams_stream.stream import SelectedDataset
 from pipeline.index_job import build_index
+from pipeline.select_job import select_round
 
 FRACTIONS = (1.0, 0.3, 0.1, 0.01)
 SHARDS = 20
@@ -60,36 +57,6 @@ def make_shards(folder: Path, samples: int) -> list[str]:
                     tar.addfile(info, io.BytesIO(data))
         urls.append(str(path))
     return urls
-
-
-def publish_random(store: Store, fraction: float) -> int:
-    """Publish a random selection of exactly ⌈γN⌉ samples; returns the round's number."""
-    dataset = store.dataset()
-    chosen = np.sort(np.random.default_rng(1).permutation(dataset.samples)[: int(np.ceil(fraction * dataset.samples))])
-    starts = np.concatenate([[0], np.cumsum(dataset.counts)])
-    rows = [chosen[(chosen >= a) & (chosen < b)] - a for a, b in itertools.pairwise(starts)]
-    number = max(store.round_numbers(), default=0) + 1
-    table = pa.table(
-        {"shard": np.arange(len(rows), dtype=np.int32), "rows": rows, "weights": [None] * len(rows)},
-        schema=schema.SELECTION_SCHEMA,
-    )
-    sink = io.BytesIO()
-    pq.write_table(table, sink)
-    storage.write_bytes(store.path(schema.selection_path(number)), sink.getvalue())
-    store.publish(
-        number,
-        {
-            "fraction": fraction,
-            "epoch": None,
-            "counts": {"all": dataset.samples, "selected": len(chosen)},
-            "dataset": {"version": dataset.version, "digest": dataset.digest},
-            "selection": {"sha256": hashlib.sha256(sink.getvalue()).hexdigest()},
-            "scores_of": None,
-            "score_parts": [],
-            "strategy": "random",
-        },
-    )
-    return number
 
 
 def timed(work: Callable[[], int]) -> float:
@@ -140,7 +107,8 @@ def measure(store: Store, runs: int) -> list[dict[str, Any]]:
     """One line for each γ: medians over `runs` rounds in which the contenders take turns."""
     lines = []
     for fraction in FRACTIONS:
-        works = contenders(store, publish_random(store, fraction))
+        made = select_round(store, fraction=fraction, strategy="random:1")
+        works = contenders(store, made.round.number)
         rates: dict[str, list[float]] = {name: [] for name in works}
         for name in ("ours", "pread"):
             works[name]()  # page cache and imports are warm before the clock runs

@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -121,18 +122,25 @@ def checkpoint_epoch(url: str) -> int | None:
     if not url.endswith(".safetensors"):
         return None
     text = read_checkpoint(url)[1].get("epoch")
-    return int(text) if text is not None else None
+    return int(text) if text is not None and text.isdecimal() else None
 
 
 def _compare(url: str, metadata: Mapping[str, str], *, width: float, head: str | None) -> None:
     saved_width = metadata.get("width")
-    if saved_width is not None and float(saved_width) != width:
+    if saved_width is not None and _number(saved_width) != width:
         raise CheckpointError(
             f"{url} holds a network of width {saved_width}, the scorer asks for {width}; pass --width {saved_width}"
         )
     saved_head = metadata.get("head")
     if saved_head is not None and head is not None and saved_head != head:
         raise CheckpointError(f"{url} was saved with head {saved_head!r}, the scorer names {head!r}")
+
+
+def _number(text: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        return math.nan  # equal to no width
 
 
 def _strip_prefix(tensors: dict[str, Tensor], expected: Mapping[str, Tensor]) -> dict[str, Tensor]:

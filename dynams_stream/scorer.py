@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib
 import io
 import json
+import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
@@ -142,7 +143,7 @@ class Scorer:
         checkpoint: the weights, or None to score with the factory's own.
         device: "cpu", "cuda:0", …
 
-    `prepare` may run in several threads at once; `score` runs in one.
+    `prepare` runs in several threads at once; `score` lets them in one by one.
     """
 
     def __init__(self, spec: ScorerSpec, checkpoint: str | None, device: str = "cpu"):
@@ -154,6 +155,7 @@ class Scorer:
         self.label_extension, _, self.label_field = (spec.label or "").partition(":")
         self._head = _HeadTap(self.network, spec.head)
         self._norms: BoundaryNorms | None = None
+        self._one_at_a_time = threading.Lock()
 
     @property
     def extensions(self) -> frozenset[str]:
@@ -211,7 +213,8 @@ class Scorer:
         Raises:
             HeadError: when the head's outputs are not one row of logits per sample.
         """
-        with torch.inference_mode():
+        # A Dask worker with several threads shares one scorer; the head's features pass through one slot of it.
+        with self._one_at_a_time, torch.inference_mode():
             features = self._head.features(inputs.to(self.device, non_blocking=True))
             weight, bias = self._head.parameters()
             if self._norms is None:

@@ -9,6 +9,7 @@ import hashlib
 import json
 import os
 import uuid
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -124,7 +125,10 @@ class Store:
         number = versions[-1] if version is None else version
         if number not in versions:
             raise NotIndexedError(f"{self.url} holds no dataset version {number}; it holds {versions}")
-        return _read_dataset(self.path(schema.dataset_path(number)), number)
+        dataset = _read_dataset(self.path(schema.dataset_path(number)), number)
+        if self.shards_at is not None:
+            _require_distinct_names(dataset, self.shards_at)
+        return dataset
 
     # ---- rounds ------------------------------------------------------------------------------------------------------
 
@@ -358,6 +362,16 @@ class Round:
             return pyarrow.dataset.dataset(paths, schema=schema.SCORES_SCHEMA, format="parquet")
         system = storage.file_system(self.store.url)
         return pyarrow.dataset.dataset(paths, schema=schema.SCORES_SCHEMA, format="parquet", filesystem=system)
+
+
+def _require_distinct_names(dataset: Dataset, shards_at: str) -> None:
+    names = [url.rsplit("/", 1)[-1] for url in dataset.urls]
+    twice, times = Counter(names).most_common(1)[0] if names else ("", 0)
+    if times > 1:
+        raise UsageError(
+            f"shards_at={shards_at!r} finds shards by their base names, and several of this dataset are named "
+            f"{twice!r}; read them where they were indexed, or index the copies as a dataset of their own"
+        )
 
 
 def round_number(which: int | str) -> int:

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from dynams_stream import storage
-from dynams_stream.errors import SampleError
+from dynams_stream.errors import SampleError, UsageError
 from dynams_stream.index import ShardIndex, read_part_index
 from dynams_stream.reading import open_shard
 from dynams_stream.scorer import Scorer
@@ -77,7 +77,11 @@ class Decoder:
                     batch.shards.append(piece.shard)
                     batch.rows.append(row)
                     batch.keys.append(piece.index.keys[row].as_py())
-                    self._decode(batch, members)
+                    try:
+                        self._decode(batch, members)
+                    except UsageError as error:
+                        where = f"shard {piece.shard}, row {row}, key {batch.keys[-1]!r}"
+                        raise UsageError(f"{where}: {error}") from error
         return batch
 
     def _decode(self, batch: Batch, members: Mapping[str, bytes]) -> None:
@@ -88,6 +92,8 @@ class Decoder:
                 tensor, reason = None, f"label {label} is outside the model's classes 0 … {self._classes - 1}"
         except SampleError as error:
             reason = str(error)
+        if reason is not None:
+            label = -1  # whatever it was, it may not even fit the column
         batch.inputs.append(tensor)
         batch.labels.append(label)
         batch.errors.append(reason)

@@ -11,9 +11,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from dynams_stream import schema, storage
-from dynams_stream.errors import StoreError
+from dynams_stream.errors import ScoresIncompleteError
 from dynams_stream.ordered_map import ordered_thread_map
-from dynams_stream.store import Store
+from dynams_stream.store import Dataset, Store
 from pipeline.receipt import Receipt
 
 FOOTER_THREADS = 8
@@ -60,14 +60,23 @@ def scored_round(store: Store, identity: Mapping[str, Any]) -> int | None:
     return None
 
 
-def newest_scores(store: Store, samples: int) -> int:
-    """The newest round with score tables of its own for all `samples` of the dataset.
+def newest_scores(store: Store, dataset: Dataset) -> int:
+    """The newest round with score tables of its own for this dataset.
 
     Raises:
-        StoreError: when there is none.
+        ScoresIncompleteError: when there is none, or the newest one is not complete.
     """
     for number in reversed(store.round_numbers()):
         done = finished_parts(store, number)
-        if done and sum(part.receipt.samples for part in done.values()) == samples:
+        if any(part.identity["dataset"]["digest"] != dataset.digest for part in done.values()):
+            continue
+        if done and len(done) < len(dataset.parts):
+            raise ScoresIncompleteError(
+                f"{store.url}: the newest score tables, of round {number}, are not complete ({len(done)} of "
+                f"{len(dataset.parts)} parts); run dynams score again to finish them, or name an earlier round"
+            )
+        if done:
             return number
-    raise StoreError(f"{store.url} holds no complete score tables; run: dynams score --store {store.url} --model …")
+    raise ScoresIncompleteError(
+        f"{store.url} holds no score tables of its newest dataset; run: dynams score --store {store.url} --model …"
+    )

@@ -20,6 +20,7 @@ class Receipt:
         part: number of the part.
         samples: lines written, one per sample.
         failed: lines without scores.
+        labelled: lines with a label.
         seconds: read, decode, forward, write (thread seconds, so their sum can exceed the wall time).
         errors: the first failed samples, each with shard, row, key and reason.
         provenance: what is recorded but does not decide the scores: checkpoint's path, epoch, start.
@@ -28,6 +29,7 @@ class Receipt:
     part: int
     samples: int
     failed: int
+    labelled: int
     seconds: Mapping[str, float]
     errors: tuple[str, ...] = ()
     provenance: Mapping[str, Any] = field(default_factory=dict)

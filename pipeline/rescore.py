@@ -10,7 +10,9 @@ from typing import Any
 from dynams_stream import storage
 from dynams_stream.errors import CheckpointError, UsageError
 from dynams_stream.scorer import ScorerSpec
+from dynams_stream.selection import selected_count
 from dynams_stream.store import Round, Store
+from dynams_stream.strategy import Strategy
 from pipeline.score_job import score_round
 from pipeline.select_job import select_round
 
@@ -35,6 +37,9 @@ def rescore(
         store, scorer, checkpoint, fraction, strategy: as for `pipeline.run_round`.
         job: further arguments of `pipeline.score_job.score_round`: scheduler, workers, device, progress, …
     """
+    selected_count(fraction, 0)  # wrong arguments are refused before the scoring, not after
+    if Strategy.parse(strategy).seed is not None:
+        raise UsageError(f"strategy {strategy!r} needs no checkpoint; use dynams select")
     path = storage.absolute(checkpoint)
     scored = score_round(store, scorer, checkpoint=path, **job)
     result = select_round(

@@ -8,7 +8,9 @@ from distributed import Client
 from torch import nn
 
 from dynams_stream.scorer import ScorerSpec
+from dynams_stream.selection import selected_count
 from dynams_stream.store import Round, Store
+from dynams_stream.strategy import Strategy
 from pipeline.ranks import has_several_ranks, on_rank_zero
 from pipeline.score_job import Progress, score_round
 from pipeline.select_job import select_round
@@ -54,12 +56,19 @@ def run_round(
     """
     store = store if isinstance(store, Store) else Store(store)
 
+    ranking = Strategy.parse(strategy)  # wrong arguments are refused before hours of scoring, not after
+    selected_count(fraction, 0)
+
     def work() -> Round:
+        if ranking.seed is not None:  # a random order needs no scores
+            return select_round(store, fraction=fraction, strategy=strategy, workers=workers, as_newest=True).round
         checkpoint = save_module(store, scorer, weights, epoch)
         scored = score_round(
             store, scorer, checkpoint=checkpoint, epoch=epoch, client=client, scheduler=scheduler,
             workers=workers, device=device, max_errors=max_errors, progress=progress,
         )  # fmt: skip
-        return select_round(store, fraction=fraction, strategy=strategy, scores_of=scored.number, workers=workers).round
+        return select_round(
+            store, fraction=fraction, strategy=strategy, scores_of=scored.number, workers=workers, as_newest=True
+        ).round
 
     return on_rank_zero(store, work, deadline) if has_several_ranks() else work()

@@ -6,7 +6,7 @@ import json
 import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from itertools import islice
 from typing import Any
@@ -136,6 +136,10 @@ def score_round(
     dataset, spec = plan.dataset, plan.spec
     number = plan.number if plan.number is not None else store.claim_round(plan.identity)
     storage.remove_leftovers(store.path(schema.scores_folder(number)))
+    limit = max_errors if max_errors is not None else max(10, dataset.samples // 100)
+    if sum(receipt.failed for receipt in plan.receipts.values()) > limit:
+        # What failed may have been mended (a transform, a file): those parts are scored again, the others kept.
+        plan = replace(plan, receipts={part: done for part, done in plan.receipts.items() if not done.failed})
     receipts, resumed = dict(plan.receipts), plan.receipts
     provenance = {
         "checkpoint": checkpoint,
@@ -143,7 +147,6 @@ def score_round(
         "started": datetime.now(UTC).isoformat(timespec="seconds"),
     }
     pending = _part_tasks(store, plan, number, checkpoint, provenance, device)
-    limit = max_errors if max_errors is not None else max(10, dataset.samples // 100)
     if pending:
         local_workers = workers if workers is not None or device != "cpu" else min(available_cores(), len(pending))
         with dask_client(client, scheduler=scheduler, workers=local_workers, device=device) as connected:
@@ -154,6 +157,7 @@ def score_round(
                 _check_failures(store, receipts, limit)
     _check_counts(dataset, receipts)
     _check_failures(store, receipts, limit)
+    _check_content(store, spec, receipts)
     fresh = [receipt for part, receipt in receipts.items() if part not in resumed]
     return ScoredRound(
         number=number,
@@ -287,10 +291,23 @@ def _as_dynams_error(task: PartTask, error: BaseException) -> DynamsError:
 def _check_failures(store: Store, receipts: Mapping[int, Receipt], limit: int) -> None:
     failed = sum(receipt.failed for receipt in receipts.values())
     samples = sum(receipt.samples for receipt in receipts.values())
-    if failed > limit or (failed and failed == samples):
+    if failed > limit:
         shown = "\n  ".join(_first_errors(receipts))
         raise ScoringError(
             f"{store.url}: {failed} of {samples} samples failed, {limit} are allowed (--max-errors):\n  {shown}"
+        )
+
+
+def _check_content(store: Store, spec: ScorerSpec, receipts: Mapping[int, Receipt]) -> None:
+    """Refuse a job that had no error in any sample's eyes and is yet of no use."""
+    samples = sum(receipt.samples for receipt in receipts.values())
+    if samples and samples == sum(receipt.failed for receipt in receipts.values()):
+        shown = "\n  ".join(_first_errors(receipts))
+        raise ScoringError(f"{store.url}: every one of {samples} samples failed:\n  {shown}")
+    if samples and spec.label and not any(receipt.labelled for receipt in receipts.values()):
+        raise ScoringError(
+            f"{store.url}: none of {samples} samples has a label {spec.label!r}; name the right one with --label, "
+            f"or score without labels with --label ''"
         )
 
 

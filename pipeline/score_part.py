@@ -91,6 +91,7 @@ def _write(task: PartTask, table: ScoreTable, clock: Clock) -> Receipt:
             part=task.part.number,
             samples=table.lines,
             failed=table.failed,
+            labelled=table.labelled,
             seconds=dict(clock.seconds),
             errors=tuple(table.errors),
             provenance=task.provenance,
@@ -161,6 +162,7 @@ def _score_by_shape(scorer: Scorer, batch: Batch) -> dict[str, np.ndarray]:
         if tensor is not None:
             shapes.setdefault(tensor.shape, []).append(position)
     for positions in shapes.values():
+        first = f"shard {batch.shards[positions[0]]}, row {batch.rows[positions[0]]}, key {batch.keys[positions[0]]!r}"
         inputs = torch.stack([batch.inputs[position] for position in positions])  # type: ignore[misc]
         labels = torch.tensor([batch.labels[position] for position in positions], dtype=torch.int64)
         try:
@@ -169,7 +171,7 @@ def _score_by_shape(scorer: Scorer, batch: Batch) -> dict[str, np.ndarray]:
             raise
         except (RuntimeError, ValueError, TypeError) as error:
             raise ScoringError(
-                f"the model failed on inputs of shape {tuple(inputs.shape)}: {error}; "
+                f"the model failed on inputs of shape {tuple(inputs.shape)} from {first} on: {error}; "
                 f"does --transform give what it takes?"
             ) from error
         for name in columns:

@@ -40,6 +40,7 @@ class ScoreTable:
         self.lines = 0
         self.errors: list[str] = []
         self.failed = 0
+        self.labelled = 0
 
     def add(self, batch: Batch, scores: Mapping[str, np.ndarray]) -> None:
         """Append one scored batch."""
@@ -65,6 +66,7 @@ class ScoreTable:
         )
         self.lines += len(failed)
         self.failed += int(failed.sum())
+        self.labelled += int((~unlabelled).sum())
         for position in np.flatnonzero(failed)[: max(0, ERRORS_KEPT - len(self.errors))]:
             self.errors.append(
                 f"shard {batch.shards[position]}, row {batch.rows[position]}, key {batch.keys[position]!r}: "

@@ -9,7 +9,7 @@ from typing import Any
 
 from dynams_stream import schema
 from dynams_stream.cut import CutResult, ScorePart, exact_cut
-from dynams_stream.errors import RoundNotFoundError, ScoresIncompleteError
+from dynams_stream.errors import RoundNotFoundError, ScoresIncompleteError, SelectionError
 from dynams_stream.ordered_map import ordered_thread_map
 from dynams_stream.selection import selected_count
 from dynams_stream.store import Dataset, Round, Store
@@ -35,6 +35,7 @@ def select_round(
     strategy: str = "distance",
     scores_of: int | None = None,
     workers: int | None = None,
+    as_newest: bool = False,
 ) -> SelectResult:
     """Select the k smallest scores of the whole dataset and publish the round.
 
@@ -44,6 +45,8 @@ def select_round(
         strategy: an expression over score columns, such as `distance` or `abs(margin)`, or `random:SEED`.
         scores_of: the round whose score tables are cut; the newest complete ones by default.
         workers: threads that read the tables.
+        as_newest: take an earlier round that was cut in the same way only if it is the newest one, so that "latest"
+            means this selection afterwards; a training script that is run again needs that.
 
     Returns:
         The round. Scores that were cut with the same parameters already give the round that did it.
@@ -51,6 +54,7 @@ def select_round(
     Raises:
         UsageError: for a fraction outside [0, 1].
         ScoresIncompleteError: when score tables are missing.
+        SelectionError: when no sample has a value to select on.
         RoundExistsError: when another job published the round first.
     """
     chosen = Strategy.parse(strategy)
@@ -60,7 +64,7 @@ def select_round(
     scored = None if chosen.seed is not None else _scored_round(store, dataset, scores_of)
     parts = {} if scored is None else _complete_parts(store, dataset, scored)
     earlier = _same_selection(store, dataset, scored, fraction, chosen)
-    if earlier is not None:
+    if earlier is not None and (not as_newest or earlier.number == store.round("latest").number):
         return SelectResult(earlier, published=False)
     intent = {"dataset": dataset.digest, "scores_of": scored, "strategy": str(chosen), "fraction": float(fraction)}
     number = _round_to_publish(store, scored, intent)
@@ -71,13 +75,18 @@ def select_round(
         destination=store.path(schema.selection_path(number)),
         ordered_map=ordered_thread_map(workers or available_cores()),
     )
+    if result.scored == 0 and selected_count(fraction, dataset.samples):
+        raise SelectionError(
+            f"{store.url}: none of {dataset.samples} samples has a value of {chosen}; "
+            f"margin, loss and el2n need labels: score with the right --label, or select on distance"
+        )
     manifest = _manifest(store, dataset, number, scored, parts, result, started)
     return SelectResult(store.publish(number, manifest), published=True)
 
 
 def _scored_round(store: Store, dataset: Dataset, scores_of: int | None) -> int:
     if scores_of is None:
-        return newest_scores(store, dataset.samples)
+        return newest_scores(store, dataset)
     if scores_of not in store.round_numbers():
         raise RoundNotFoundError(f"{store.url} holds no round {scores_of}; `dynams status` lists them")
     if not finished_parts(store, scores_of) and store.is_published(scores_of):
@@ -99,6 +108,13 @@ def _complete_parts(store: Store, dataset: Dataset, scored: int) -> dict[int, Fi
         raise ScoresIncompleteError(
             f"{store.url}: the score tables of round {scored} belong to dataset version "
             f"{done[foreign[0]].identity['dataset']['version']}, the newest is {dataset.version}; score it again"
+        )
+    first = done[dataset.parts[0].number].identity
+    mixed = [number for number, part in done.items() if part.identity != first]
+    if mixed:
+        raise ScoresIncompleteError(
+            f"{store.url}: the score tables of round {scored} were not all made by the same scorer and checkpoint "
+            f"(part {mixed[0]} differs from part 0); remove those of part {mixed[0]} and run dynams score again"
         )
     return done
 

@@ -23,6 +23,7 @@ from dynams_stream import storage
 from dynams_stream.errors import DynamsError, MissingExtraError, UsageError
 from dynams_stream.index import IndexedShard, index_shard
 from dynams_stream.ordered_map import ordered_thread_map
+from pipeline.cores import available_cores
 
 Outcome = IndexedShard | str
 """A shard's index, or why it has none."""
@@ -67,7 +68,7 @@ def worker_count(workers: int | None, *, remote: bool) -> int:
         UsageError: for fewer than one.
     """
     if workers is None:
-        return REMOTE_THREADS if remote else len(os.sched_getaffinity(0))
+        return REMOTE_THREADS if remote else available_cores()
     if workers < 1:
         raise UsageError(f"workers must be at least 1, got {workers}")
     return workers

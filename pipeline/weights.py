@@ -53,9 +53,13 @@ def save_module(
 
 def _unwrapped(module: nn.Module) -> nn.Module:
     """The module inside DistributedDataParallel and torch.compile."""
-    while isinstance(inner := getattr(module, "module", getattr(module, "_orig_mod", None)), nn.Module):
-        module = inner
-    return module
+    while True:
+        if isinstance(module, nn.DataParallel | nn.parallel.DistributedDataParallel):
+            module = module.module
+        elif isinstance(inner := module.__dict__.get("_modules", {}).get("_orig_mod"), nn.Module):
+            module = inner
+        else:
+            return module
 
 
 def _metadata(spec: ScorerSpec, epoch: int | None) -> dict[str, str]:

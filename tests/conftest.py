@@ -46,7 +46,8 @@ def digit_store(digit_shards: list[str], tmp_path: Path) -> Store:
 
 
 @pytest.fixture(scope="session")
-def client() -> Iterator[Client]:
+def client(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Client]:
     """A client of a real local cluster with two worker processes."""
+    os.environ["DYNAMS_TEST_MARKER"] = str(tmp_path_factory.mktemp("marker") / "mended")
     with dask_client(workers=2) as connected:
         yield connected

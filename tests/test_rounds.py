@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader
 
 import toy_models
 from dynams_stream import ParameterSharingProxy, ScorerSpec, SelectedDataset, Store, schema
-from dynams_stream.errors import ModelError, RoundExistsError
+from dynams_stream.errors import ModelError, RoundExistsError, UsageError
 from pipeline import run_round
 from pipeline.score_job import ScoreProgress
 from pipeline.select_job import select_round
@@ -66,13 +66,13 @@ def test_full_models_paths_and_factories(
     torch.save(network.model.state_dict(), path)
     by_path = run_round(digit_store, FULL, weights=path, fraction=0.5, client=client)
     by_proxy = run_round(digit_store, FULL, weights=network, fraction=0.5, client=client)
-    assert by_model.number == by_proxy.number
+    assert by_proxy.manifest["scores_of"] == by_model.number  # newest again, cut from the same scores
     assert by_path.manifest["selection"] == by_model.manifest["selection"]
     linear = ScorerSpec(model="toy_models:linear", input="png", transform="toy_models:gray")
     assert run_round(digit_store, linear, fraction=0.5, client=client).counts["scored"] == 1437
     assert run_round(digit_store, SLIM, fraction=0.5, client=client).counts["scored"] == 1437
     compiled = torch.compile(torch.nn.DataParallel(network), backend="eager")
-    assert run_round(digit_store, FULL, weights=compiled, fraction=0.5, client=client).number == by_model.number
+    assert run_round(digit_store, FULL, weights=compiled, fraction=0.5, client=client).manifest["scores_of"] == 1
     with pytest.raises(ModelError, match="needs the weights of a ParameterSharingProxy"):
         run_round(digit_store, SLIM, weights=network.model, fraction=0.5, client=client)
     with pytest.raises(ModelError, match=r"width 0\.25, the scorer asks for 0\.5"):
@@ -83,6 +83,17 @@ def test_full_models_paths_and_factories(
             fraction=1,
             client=client,
         )
+
+
+def test_wrong_arguments_are_refused_before_scoring_and_random_needs_none(digit_store: Store) -> None:
+    with pytest.raises(UsageError, match="from 0 to 1"):
+        run_round(digit_store, FULL, fraction=1.5)
+    with pytest.raises(UsageError, match="no score column 'margins'"):
+        run_round(digit_store, FULL, fraction=0.5, strategy="margins")
+    assert digit_store.claims() == {}
+    made = run_round(digit_store, FULL, fraction=0.5, strategy="random:1")
+    assert made.counts["selected"] == 719
+    assert digit_store.round_numbers() == [made.number]
 
 
 def test_of_two_publishers_one_fails_and_the_round_stays(

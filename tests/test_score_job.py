@@ -200,6 +200,39 @@ def test_failed_samples_keep_their_line(
         score_round(store, LINEAR, checkpoint=checkpoint, client=client, max_errors=2)
 
 
+def test_a_label_that_no_sample_has_fails_the_job(digit_store: Store, checkpoint: str, client: Client) -> None:
+    spec = ScorerSpec(model="toy_models:linear", input="png", label="clss", transform="toy_models:gray")
+    with pytest.raises(ScoringError, match="none of 1437 samples has a label 'clss'"):
+        score_round(digit_store, spec, checkpoint=checkpoint, client=client)
+
+
+def test_a_label_too_large_for_its_column_is_that_samples_error(
+    tmp_path: Path, checkpoint: str, client: Client, digit_shards: list[str]
+) -> None:
+    samples = [
+        {"__key__": s["__key__"], "png": s["png"], "cls": s["cls"]}
+        for s in wds.WebDataset(digit_shards[:1], shardshuffle=False)
+    ]
+    samples[5]["cls"] = b"3000000000"
+    store = Store(tmp_path / "store")
+    build_index(store, write_shards(samples, tmp_path / "shards", prefix="train", samples_per_shard=64))
+    assert score_round(store, LINEAR, checkpoint=checkpoint, client=client).failed == 1
+    assert "3000000000 is outside" in tables(store, 1)["error"].drop_null().to_pylist()[0]
+
+
+def test_parts_that_failed_are_scored_again_when_they_were_too_many(
+    digit_store: Store, checkpoint: str, client: Client, tmp_path: Path
+) -> None:
+    spec = ScorerSpec(**{**LINEAR.__dict__, "transform": "toy_models:mended_later"})
+    marker = Path(os.environ["DYNAMS_TEST_MARKER"])
+    marker.unlink(missing_ok=True)
+    with pytest.raises(ScoringError, match="not mended yet"):
+        score_round(digit_store, spec, checkpoint=checkpoint, client=client)
+    marker.touch()
+    result = score_round(digit_store, spec, checkpoint=checkpoint, client=client)
+    assert (result.number, result.failed) == (1, 0)
+
+
 def test_a_model_that_gives_nan_fails_the_job(digit_store: Store, client: Client, tmp_path: Path) -> None:
     path = tmp_path / "nan.pt"
     torch.save(toy_models.broken().state_dict(), path)

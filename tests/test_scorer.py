@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -167,3 +168,22 @@ def test_equal_weights_make_equal_files(tmp_path: object) -> None:
     assert found == metadata
     assert torch.equal(tensors["1.weight"], toy_models.linear(seed=3)[1].weight)
     assert checkpoint_epoch(path) == 3
+
+
+def test_threads_that_share_a_scorer_get_their_own_scores() -> None:
+    scorer = Scorer(LINEAR, None)
+    inputs = [torch.rand(8, 1, 8, 8, generator=torch.Generator().manual_seed(seed)) for seed in range(64)]
+    labels = torch.zeros(8, dtype=torch.int64)
+    alone = [scorer.score(each, labels).distance for each in inputs]
+    with ThreadPoolExecutor(4) as pool:
+        for _ in range(5):
+            together = list(pool.map(lambda each: scorer.score(each, labels).distance, inputs))
+            assert all(torch.equal(a, b) for a, b in zip(alone, together, strict=True))
+
+
+def test_metadata_of_others_is_no_epoch_and_no_width(tmp_path: object) -> None:
+    path = f"{tmp_path}/weights.safetensors"
+    save_weights(toy_models.linear(), path, {"epoch": "last", "width": "wide"})
+    assert checkpoint_epoch(path) is None
+    with pytest.raises(CheckpointError, match="width wide"):
+        build_network(LINEAR, path)

@@ -13,7 +13,7 @@ from distributed import Client
 
 import toy_models
 from dynams_stream import ScorerSpec, Store, schema
-from dynams_stream.errors import RoundNotFoundError, ScoresIncompleteError, StoreError, UsageError
+from dynams_stream.errors import RoundNotFoundError, ScoresIncompleteError, SelectionError, StoreError, UsageError
 from pipeline.score_job import score_round
 from pipeline.select_job import select_round
 
@@ -77,6 +77,36 @@ def test_the_same_parameters_find_their_round_and_others_reuse_its_scores(scored
     assert scored.round("latest").number == 2
 
 
+def test_as_newest_makes_latest_mean_this_selection(scored: Store) -> None:
+    first = select_round(scored, fraction=0.3, as_newest=True).round
+    select_round(scored, fraction=0.1)
+    again = select_round(scored, fraction=0.3, as_newest=True)
+    assert (again.round.number, again.published, again.round.manifest["scores_of"]) == (3, True, 1)
+    assert again.round.manifest["selection"] == first.manifest["selection"]
+    assert select_round(scored, fraction=0.3, as_newest=True).round.number == 3
+
+
+def test_a_strategy_without_values_publishes_nothing(digit_store: Store, client: Client, tmp_path: Path) -> None:
+    path = tmp_path / "linear.pt"
+    torch.save(toy_models.linear().state_dict(), path)
+    unlabelled = ScorerSpec(model="toy_models:linear", input="png", label="", transform="toy_models:gray")
+    score_round(digit_store, unlabelled, checkpoint=str(path), client=client)
+    with pytest.raises(SelectionError, match="none of 1437 samples has a value of abs"):
+        select_round(digit_store, fraction=0.3, strategy="abs(margin)")
+    assert digit_store.rounds() == []
+    assert select_round(digit_store, fraction=0.3).round.counts["selected"] == 432
+
+
+def test_tables_of_two_checkpoints_are_not_cut_together(scored: Store, client: Client, tmp_path: Path) -> None:
+    path = tmp_path / "other.pt"
+    torch.save(toy_models.linear(seed=1).state_dict(), path)
+    number = score_round(scored, LINEAR, checkpoint=str(path), client=client).number
+    foreign = Path(scored.path(schema.scores_path(1, 2))).read_bytes()
+    Path(scored.path(schema.scores_path(number, 2))).write_bytes(foreign)
+    with pytest.raises(ScoresIncompleteError, match="not all made by the same scorer and checkpoint"):
+        select_round(scored, fraction=0.3, scores_of=number)
+
+
 def test_a_random_selection_needs_no_scores(digit_store: Store) -> None:
     first = select_round(digit_store, fraction=0.5, strategy="random:3").round
     assert first.counts["selected"] == 719
@@ -115,7 +145,7 @@ def test_what_cannot_be_selected(digit_store: Store, scored: Store) -> None:
     Path(scored.path(schema.scores_path(1, 4))).unlink()
     with pytest.raises(ScoresIncompleteError, match=r"lacks the score tables of 1 of 15 parts \(first \[4\]\)"):
         select_round(scored, fraction=0.3, scores_of=1)
-    with pytest.raises(StoreError, match="no complete score tables"):
+    with pytest.raises(StoreError, match="are not complete"):
         select_round(scored, fraction=0.3)
 
 

@@ -9,10 +9,11 @@ import pytest
 from typer.testing import CliRunner
 
 from dynams_stream.errors import UsageError
+from dynams_stream.selection import selected_count
 from dynams_stream.store import Store
 from tools.train import app, table, verdict
-from tools.training import RunResult, planned_samples
-from tools.training_config import METHODS, read_config
+from tools.training import RunResult
+from tools.training_config import METHODS, RunConfig, read_config
 
 CONFIG = """
 out = "{out}"
@@ -34,6 +35,17 @@ loader_workers = 0
 final = 0.25
 warmup = 1
 """
+
+
+def planned_samples(config: RunConfig, method: str, samples: int) -> int:
+    """How many samples a run will train on, from arithmetic."""
+    if method == "full":
+        return config.training.epochs * samples
+    schedule = config.schedule()
+    return sum(
+        samples if schedule.round(epoch) is None else selected_count(schedule.fraction(epoch), samples)
+        for epoch in range(config.training.epochs)
+    )
 
 
 @pytest.fixture

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 
 import numpy as np
@@ -70,4 +71,11 @@ def wrong_type(image: Image.Image) -> list[int]:
 def slow_gray(image: Image.Image) -> Tensor:
     """As `gray`, but slow enough for a test to kill the job in the middle."""
     time.sleep(0.004)
+    return gray(image)
+
+
+def mended_later(image: Image.Image) -> Tensor:
+    """Fails until the file that the environment names is there, as a transform does that its author mends."""
+    if not os.path.exists(os.environ["DYNAMS_TEST_MARKER"]):
+        raise ValueError("not mended yet")
     return gray(image)

@@ -84,8 +84,9 @@ def run(app: typer.Typer | Callable[[], Any], arguments: list[str] | None = None
         _fail(str(error), EXIT_FAILED, debug)
     except BrokenPipeError:
         sys.exit(EXIT_FAILED)
-    except OSError as error:
-        _fail(f"{type(error).__name__}: {error}", EXIT_FAILED, debug)
+    except Exception as error:  # noqa: BLE001 - the last resort: people get a message, --debug the traceback
+        hint = "" if isinstance(error, OSError) else "; this is a fault of the program, --debug shows where"
+        _fail(f"{type(error).__name__}: {error}{hint}", EXIT_FAILED, debug)
 
 
 def _terminate(signum: int, frame: FrameType | None) -> NoReturn:
@@ -110,7 +111,7 @@ def _load_config(context: typer.Context, path: Path | None) -> Path | None:
         values = tomllib.loads(path.read_text())
     except FileNotFoundError as error:
         raise UsageError(f"--config {path}: no such file") from error
-    except tomllib.TOMLDecodeError as error:
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError, OSError) as error:
         raise UsageError(f"--config {path}: {error}") from error
     context.default_map = {**(context.default_map or {}), **_options(context, path, values)}
     return path
@@ -119,6 +120,10 @@ def _load_config(context: typer.Context, path: Path | None) -> Path | None:
 def _options(context: typer.Context, path: Path, values: Mapping[str, Any]) -> dict[str, Any]:
     """Top-level keys that this command knows, and all keys of its own table, such as `[score]`."""
     own = values.get(context.command.name or "", {})
+    if not isinstance(own, dict):
+        raise UsageError(
+            f"--config {path}: {context.command.name} has to be a table, [{context.command.name}]; got {own!r}"
+        )
     known = {parameter.name for parameter in context.command.params}
     options = {}
     for key, value in {**values, **own}.items():

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import time
+from collections.abc import Callable
+from functools import partial
 from typing import Annotated
 
 import typer
 
-from dynams_stream.errors import DynamsError, RoundExistsError, UsageError
+from dynams_stream.errors import DynamsError, UsageError
 from dynams_stream.scorer import ScorerSpec
 from dynams_stream.store import Store
 from pipeline.rescore import Rescored, newest_checkpoint, rescore, watch
@@ -29,6 +32,9 @@ from tools.scoring_options import (
 from tools.select_subset import FractionOption, StrategyOption, round_summary
 
 app = typer.Typer(add_completion=False)
+
+ATTEMPTS = 3
+"""How often a watched checkpoint is tried before the next one is waited for."""
 
 
 @app.command(name="rescore")
@@ -74,14 +80,22 @@ def rescore_command(
         return
     say(f"watching {watched} every {every:g} s; Ctrl-C stops")
     for path in watch(str(watched), every=every):
+        work = partial(_rescore, store, spec, path, fraction, strategy, job)
+        _patiently(lambda work=work: _report(work(), json), path, every)
+
+
+def _patiently(work: Callable[[], None], path: str, every: float) -> None:
+    """A passing fault must not cost a checkpoint its round, nor end the watch: try again, then go on with the next."""
+    for attempt in range(1, ATTEMPTS + 1):
         try:
-            _report(_rescore(store, spec, path, fraction, strategy, job), json)
-        except (UsageError, RoundExistsError):
+            work()
+        except UsageError:
             raise
-        except (
-            DynamsError
-        ) as error:  # one bad checkpoint or a passing fault must not end the watch; the next one may do
-            say(f"{path}: no round: {error}")
+        except (DynamsError, OSError) as error:
+            say(f"{path}: no round: {error}" + ("; trying again" if attempt < ATTEMPTS else ""))
+            time.sleep(every * attempt)
+        else:
+            return
 
 
 def _rescore(

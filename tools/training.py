@@ -18,7 +18,6 @@ from torch.utils.data import DataLoader
 from dynams_stream.proxy import ParameterSharingProxy
 from dynams_stream.schedule import Schedule
 from dynams_stream.scorer import ScorerSpec, load_callable
-from dynams_stream.selection import selected_count
 from dynams_stream.store import Store
 from dynams_stream.stream import SelectedDataset
 from pipeline.cores import available_cores
@@ -82,10 +81,14 @@ class Rounds:
         """Publish the round that starts with this epoch."""
         if self.method in ("random", "fresh-random"):
             seed = self.seed if self.method == "random" else self.seed * 100_000 + epoch
-            made = select_round(self.store, fraction=fraction, strategy=f"random:{seed}").round
+            made = select_round(self.store, fraction=fraction, strategy=f"random:{seed}", as_newest=True).round
         elif self.method == "static" and self._scored is not None:
             made = select_round(
-                self.store, fraction=fraction, strategy=self.config.selection.strategy, scores_of=self._scored
+                self.store,
+                fraction=fraction,
+                strategy=self.config.selection.strategy,
+                scores_of=self._scored,
+                as_newest=True,
             ).round
         else:
             made = run_round(
@@ -195,17 +198,6 @@ def accuracy(config: RunConfig, model: nn.Module, test: Store) -> float:
             total += len(labels)
     model.train(was_training)
     return right / total
-
-
-def planned_samples(config: RunConfig, method: str, samples: int) -> int:
-    """How many samples a run will train on, from arithmetic."""
-    if method == "full":
-        return config.training.epochs * samples
-    schedule = config.schedule()
-    return sum(
-        samples if schedule.round(epoch) is None else selected_count(schedule.fraction(epoch), samples)
-        for epoch in range(config.training.epochs)
-    )
 
 
 def run_folder(config: RunConfig, method: str, seed: int) -> Path:
