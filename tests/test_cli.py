@@ -148,7 +148,15 @@ def test_a_clean_stop_keeps_what_is_done(tmp_path: Path, checkpoint: Path, how: 
         sys.executable, "-m", "tools.cli", "score", "--store", store, "--checkpoint", checkpoint, "--workers", "1",
         "--model", "toy_models:linear", "--transform", "toy_models:slow_gray",
     ]  # fmt: skip
-    process = subprocess.Popen(command, env=ENVIRONMENT, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        command,
+        env=ENVIRONMENT,
+        stderr=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        # A shell's background jobs ignore Ctrl-C and their children inherit that; this one is in the foreground.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
     folder, deadline = store / "rounds" / "000001" / "scores", time.monotonic() + 90
     while not (folder.is_dir() and any(folder.glob("part-*"))):
         assert process.poll() is None
