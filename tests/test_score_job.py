@@ -22,7 +22,7 @@ from PIL import Image
 
 import toy_models
 from dynams_stream import ParameterSharingProxy, ScorerSpec, Store, schema
-from dynams_stream.errors import CheckpointError, ScoringError, ShardChangedError
+from dynams_stream.errors import CheckpointError, ScoringError, ShardChangedError, UsageError
 from pipeline.index_job import build_index
 from pipeline.pending import finished_parts
 from pipeline.score_job import score_round
@@ -274,6 +274,16 @@ def test_a_copy_elsewhere_scores_the_same(
     with pytest.raises(ScoringError, match="not the shard that was indexed"):
         score_round(other, LINEAR, checkpoint=checkpoint, client=client)
     assert issubclass(ShardChangedError, Exception)
+
+
+def test_copies_of_shards_with_one_base_name_are_refused(tmp_path: Path, digit_shards: list[str]) -> None:
+    urls = [tmp_path / "a" / "000.tar", tmp_path / "b" / "000.tar"]
+    for url, shard in zip(urls, digit_shards, strict=False):
+        url.parent.mkdir()
+        url.write_bytes(Path(shard).read_bytes())
+    build_index(Store(tmp_path / "store"), [str(url) for url in urls])
+    with pytest.raises(UsageError, match=r"several of this dataset are named '000\.tar'"):
+        Store(tmp_path / "store", shards_at=tmp_path / "a").dataset()
 
 
 def test_a_killed_job_goes_on_and_ends_with_the_same_tables(

@@ -85,7 +85,7 @@ def run(app: typer.Typer | Callable[[], Any], arguments: list[str] | None = None
     except BrokenPipeError:
         sys.exit(EXIT_FAILED)
     except Exception as error:  # noqa: BLE001 - the last resort: people get a message, --debug the traceback
-        hint = "" if isinstance(error, OSError) else "; this is a fault of the program, --debug shows where"
+        hint = "" if isinstance(error, OSError) else " (--debug shows where it happened)"
         _fail(f"{type(error).__name__}: {error}{hint}", EXIT_FAILED, debug)
 
 
