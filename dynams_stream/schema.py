@@ -108,7 +108,6 @@ ROW_GROUP_ROWS = 131_072
 DATASET_FOLDER = "dataset"
 INDEX_FOLDER = "index"
 ROUNDS_FOLDER = "rounds"
-CONTROL_FOLDER = "control"
 CLAIMS_FOLDER = "control/claims"
 WEIGHTS_FOLDER = "control/weights"
 INDEXING_FOLDER = "control/indexing"

@@ -14,7 +14,6 @@ from typing import Any
 from distributed import Client, as_completed
 from distributed.scheduler import KilledWorker
 
-from dynams_stream import schema, storage
 from dynams_stream.checkpoint import checkpoint_digest, checkpoint_epoch
 from dynams_stream.errors import DynamsError, ScoringError, ShardError
 from dynams_stream.index import read_shard_index
@@ -135,10 +134,10 @@ def score_round(
     plan = plan_round(store, scorer, checkpoint)
     dataset, spec = plan.dataset, plan.spec
     number = plan.number if plan.number is not None else store.claim_round(plan.identity)
-    storage.remove_leftovers(store.path(schema.scores_folder(number)))
     limit = max_errors if max_errors is not None else max(10, dataset.samples // 100)
-    if sum(receipt.failed for receipt in plan.receipts.values()) > limit:
+    if sum(receipt.failed for receipt in plan.receipts.values()) > limit and not _is_published(store, number):
         # What failed may have been mended (a transform, a file): those parts are scored again, the others kept.
+        # Not in a published round, which never changes: there the failures are reported below.
         plan = replace(plan, receipts={part: done for part, done in plan.receipts.items() if not done.failed})
     receipts, resumed = dict(plan.receipts), plan.receipts
     provenance = {
@@ -170,6 +169,11 @@ def score_round(
         wall_seconds=time.perf_counter() - began,
         errors=_first_errors(receipts),
     )
+
+
+def _is_published(store: Store, number: int) -> bool:
+    """Whether a published round was cut from the score tables of round `number`."""
+    return any(number in (published.number, published.manifest["scores_of"]) for published in store.rounds())
 
 
 def plan_round(store: Store, scorer: ScorerSpec, checkpoint: str) -> ScorePlan:

@@ -26,6 +26,7 @@ from dynams_stream.errors import CheckpointError, ScoringError, ShardChangedErro
 from pipeline.index_job import build_index
 from pipeline.pending import finished_parts
 from pipeline.score_job import score_round
+from pipeline.select_job import select_round
 from pipeline.shards import write_shards
 
 LINEAR = ScorerSpec(model="toy_models:linear", input="png", label="cls", transform="toy_models:gray", batch_size=37)
@@ -231,6 +232,20 @@ def test_parts_that_failed_are_scored_again_when_they_were_too_many(
     marker.touch()
     result = score_round(digit_store, spec, checkpoint=checkpoint, client=client)
     assert (result.number, result.failed) == (1, 0)
+
+
+def test_the_tables_of_a_published_round_never_change(
+    digit_store: Store, checkpoint: str, client: Client, tmp_path: Path
+) -> None:
+    spec = ScorerSpec(**{**LINEAR.__dict__, "transform": "toy_models:picky"})
+    made = score_round(digit_store, spec, checkpoint=checkpoint, client=client, max_errors=1437)
+    assert 14 < made.failed < 1437
+    published = select_round(digit_store, fraction=0.1, scores_of=made.number).round
+    folder = Path(digit_store.path(schema.scores_folder(published.number)))
+    before = {path.name: path.stat().st_mtime_ns for path in folder.iterdir()}
+    with pytest.raises(ScoringError, match=f"{made.failed} of 1437 samples failed, 14 are allowed"):
+        score_round(digit_store, spec, checkpoint=checkpoint, client=client)
+    assert {path.name: path.stat().st_mtime_ns for path in folder.iterdir()} == before
 
 
 def test_a_model_that_gives_nan_fails_the_job(digit_store: Store, client: Client, tmp_path: Path) -> None:
