@@ -2,10 +2,10 @@
 
     (shard, index into its selected rows) ──member table──► Chunk: offsets, sizes, bounds ──pread──► {"__key__", …}
 
-A chunk of samples is looked up with array operations, shard by shard; only the read, the cutting and the dict are done
+A chunk of samples is looked up with array operations (`members`); only the read, the cutting and the dict are done
 sample by sample. A chunk keeps flat lists of integers: a tuple or two for each sample would make Python's garbage
-collector the largest cost. A reader belongs to one process: it holds open files and the member tables of the shards in
-use, both bounded, and grows with no epoch.
+collector the largest cost. A reader belongs to one process: it holds open files and pieces of the member index, both
+bounded, and grows with no epoch.
 """
 
 from __future__ import annotations
@@ -15,16 +15,14 @@ import resource
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any, Final, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
-import pyarrow as pa
-import pyarrow.compute as pc
 
 from dynams_stream import storage
 from dynams_stream.errors import ShardChangedError, StoreError
-from dynams_stream.index import ShardIndex, read_shard_index
+from dynams_stream.members import Found, MemberTables, Piece
 from dynams_stream.selection import Selection
 from dynams_stream.store import Dataset, Store
 
@@ -32,27 +30,25 @@ Sample = dict[str, Any]
 Integers = npt.NDArray[np.int64]
 
 _MOST_OPEN = 1024
-_TABLE_BYTES: Final = 512 << 20  # member tables of about 10⁷ samples of three members
-_GAP_BYTES: Final = 64 << 10  # members further apart than headers explain are read one by one
 
 
 class Shared(NamedTuple):
-    """What all samples of one shard share: its number, `__url__` (and `__local_path__` of a file), keys, table."""
+    """What all samples of one piece share: its shard, `__url__` (and `__local_path__` of a file), keys, the piece."""
 
     shard: int
     head: Sample
     keys: str
-    table: _MemberTable
+    table: Piece
 
 
 class Place(NamedTuple):
     """Where one sample lies, and what it becomes.
 
     Attributes:
-        shared: its shard.
+        shared: its shard and its piece of the index.
         offset: first byte of its first member.
         size: bytes up to the end of its last member; -1 when its members are read one by one.
-        key_start, key_stop: where its key is among the shard's.
+        key_start, key_stop: where its key is among the piece's.
         row: 0-based position in the shard.
         names: its extensions.
     """
@@ -110,8 +106,7 @@ class SampleReader:
     def __init__(self, store: Store, dataset: Dataset):
         self._store = store
         self._dataset = dataset
-        self._tables: OrderedDict[int, _MemberTable] = OrderedDict()
-        self._table_bytes = 0
+        self.tables = MemberTables(store, dataset)
         self._readers: OrderedDict[int, storage.LocalReader | storage.RemoteReader] = OrderedDict()
         self._most_open = min(_MOST_OPEN, max(16, resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 2))
         self._preads: dict[int, Callable[[int, int], bytes]] = {}
@@ -135,34 +130,31 @@ class SampleReader:
             StoreError: when the selection names a row that the index does not have.
         """
         order = np.argsort(shards, kind="stable")
-        sorted_shards, sorted_places = shards[order], places[order]
-        cuts = [0, *(np.flatnonzero(np.diff(sorted_shards)) + 1).tolist(), len(shards)]
-        runs = [(int(sorted_shards[a]), slice(a, b)) for a, b in itertools.pairwise(cuts) if a < b]
+        cuts = [0, *(np.flatnonzero(np.diff(shards[order])) + 1).tolist(), len(shards)]
+        runs = [(int(shards[order[a]]), order[a:b]) for a, b in itertools.pairwise(cuts) if a < b]
         self._want([shard for shard, _ in runs])
-        numbers = np.empty((len(shards), _NUMBERS), dtype=np.int64)
-        kinds: dict[tuple[str, ...], int] = {}
-        kind_of = np.zeros(len(shards), dtype=np.int64)
-        shared: list[Shared] = []
+        rows = np.empty(len(shards), dtype=np.int64)
         for shard, run in runs:
-            table = self._table(shard)
-            rows = self._rows(shard, sorted_places[run], selection)
-            numbers[run] = table.numbers[rows]
-            kind_of[run] = table.kinds_of(rows, kinds)
-            shared += [Shared(shard, self._head(shard), table.keys, table)] * len(rows)
-        names = list(kinds)
-        lengths = np.array([len(each) for each in names], dtype=np.int64)[kind_of]
-        bounds = _bounds(
-            [shared[run.start].table for _, run in runs], [run for _, run in runs], numbers[:, _FIRST], lengths
-        )
-        back = np.argsort(order)  # from sorted by shard to the order asked for
+            rows[run] = self._rows(shard, places[run], selection)
+        found = self.tables.find(shards, rows)
         return Chunk(
-            columns=(
-                list(map(shared.__getitem__, back.tolist())),
-                *numbers[back, : _NUMBERS - 1].T.tolist(),
-                names * len(shards) if len(names) == 1 else [names[i] for i in kind_of[back].tolist()],
-            ),
-            bounds=_reordered(bounds, lengths, back),
-            extras=self._extras(runs, order, sorted_places, selection, padded),
+            columns=self._columns(found, rows),
+            bounds=found.bounds.ravel().tolist(),
+            extras=self._extras(runs, places, selection, padded),
+        )
+
+    def _columns(self, found: Found, rows: Integers) -> tuple[list[Any], ...]:
+        """The fields of `Place`, a list of each."""
+        shared = [Shared(piece.shard, self._head(piece.shard), piece.keys, piece) for piece in found.pieces]
+        kinds = found.kinds
+        return (
+            list(map(shared.__getitem__, found.piece.tolist())),
+            found.offsets.tolist(),
+            found.spans.tolist(),
+            found.key_starts.tolist(),
+            found.key_stops.tolist(),
+            rows.tolist(),
+            kinds * len(rows) if len(kinds) == 1 else [kinds[i] for i in found.kind.tolist()],
         )
 
     def read(self, place: tuple[Any, ...], bounds: Iterator[int]) -> Sample:
@@ -203,9 +195,8 @@ class SampleReader:
 
     def _extras(
         self,
-        runs: list[tuple[int, slice]],
-        order: Integers,
-        sorted_places: Integers,
+        runs: list[tuple[int, Integers]],
+        places: Integers,
         selection: Selection,
         padded: npt.NDArray[np.bool_] | None,
     ) -> dict[int, Sample]:
@@ -214,7 +205,7 @@ class SampleReader:
             weights = selection.weights(shard)
             if weights is None:
                 break  # either all shards have weights or none
-            for number, weight in zip(order[run].tolist(), weights[sorted_places[run]].tolist(), strict=True):
+            for number, weight in zip(run.tolist(), weights[places[run]].tolist(), strict=True):
                 extras[number] = {"__weight__": weight}
         if padded is not None:
             for number in np.flatnonzero(padded).tolist():
@@ -226,27 +217,14 @@ class SampleReader:
         path = self._store.shard_url(url)
         return {"__url__": url, "__local_path__": path} if storage.is_local(path) else {"__url__": url}
 
-    def _table(self, shard: int) -> _MemberTable:
-        table = self._tables.get(shard)
-        if table is None:
-            part = self._dataset.parts[self._dataset.part_of_shard[shard]]
-            table = _member_table(read_shard_index(self._store.path(part.index_file), shard))
-            self._tables[shard] = table
-            self._table_bytes += table.nbytes
-            while self._table_bytes > _TABLE_BYTES and next(iter(self._tables)) not in self._wanted:
-                self._table_bytes -= self._tables.popitem(last=False)[1].nbytes
-        return table
-
     # ---- open shards -------------------------------------------------------------------------------------------------
 
     def _want(self, shards: list[int]) -> None:
-        """Shards of the coming chunk: the others are closed and forgotten first."""
+        """Shards of the coming chunk: the others are closed first."""
         self._wanted = set(shards)
         for shard in shards:
             if shard in self._readers:
                 self._readers.move_to_end(shard)
-            if shard in self._tables:
-                self._tables.move_to_end(shard)
 
     def _open(self, shard: int) -> Callable[[int, int], bytes]:
         while len(self._readers) >= self._most_open:
@@ -263,28 +241,6 @@ class SampleReader:
 
 def _gather(members: list[tuple[int, int]], pread: Callable[[int, int], bytes]) -> bytes:
     return b"".join(pread(offset, size) for offset, size in members)
-
-
-def _bounds(
-    tables: list[_MemberTable], runs: list[slice], firsts: Integers, lengths: Integers
-) -> npt.NDArray[np.int64]:
-    """Begin and end of the members of samples that are sorted by shard, int64, shape (members, 2)."""
-    starts = np.concatenate([np.zeros(1, np.int64), np.cumsum(lengths)])
-    members = np.arange(starts[-1]) + np.repeat(firsts - starts[:-1], lengths)
-    bounds = np.empty((len(members), 2), dtype=np.int64)
-    for table, run in zip(tables, runs, strict=True):
-        mine = slice(starts[run.start], starts[run.stop])
-        bounds[mine] = table.bounds[members[mine]]
-    return bounds
-
-
-def _reordered(bounds: npt.NDArray[np.int64], lengths: Integers, back: Integers) -> list[int]:
-    """`bounds` of samples of `lengths` members each, with the samples in the order `back`, as one flat list."""
-    starts = np.cumsum(lengths) - lengths
-    wanted = lengths[back]
-    members = np.arange(len(bounds)) + np.repeat(starts[back] - (np.cumsum(wanted) - wanted), wanted)
-    found: list[int] = bounds[members].ravel().tolist()
-    return found
 
 
 def open_shard(store: Store, url: str, fingerprint: str) -> storage.LocalReader | storage.RemoteReader:
@@ -310,100 +266,3 @@ def open_shard(store: Store, url: str, fingerprint: str) -> storage.LocalReader 
             shard=url,
         )
     return reader
-
-
-_NUMBERS: Final = 6  # columns of a member table: offset, size, key start, key stop, row, first member
-_FIRST: Final = 5
-
-
-@dataclass(frozen=True, eq=False)
-class _MemberTable:
-    """Every sample of one shard, so that looking one up takes few steps (about 90 bytes a sample of three members).
-
-    Attributes:
-        keys: all keys, one after another.
-        numbers: int64, shape (rows, 6): first byte of the first member; bytes from there to the end of the last one, or
-            -1 when it is in `scattered`; where the key starts and stops in `keys`; the row; its first member.
-        bounds: int32 or int64, shape (members, 2): where each member begins and ends in the bytes read for its sample.
-        kinds: the distinct tuples of extensions.
-        kind_of_row: int32, shape (rows,), position in `kinds`; None when there is one kind only.
-        scattered: for samples whose members lie far apart, the (offset, size) of each.
-    """
-
-    keys: str
-    numbers: npt.NDArray[np.int64]
-    bounds: npt.NDArray[np.integer]
-    kinds: tuple[tuple[str, ...], ...]
-    kind_of_row: npt.NDArray[np.int32] | None
-    scattered: dict[int, list[tuple[int, int]]]
-
-    @property
-    def nbytes(self) -> int:
-        """About how much memory it takes."""
-        return len(self.keys) + self.numbers.nbytes + self.bounds.nbytes
-
-    def kinds_of(self, rows: Integers, known: dict[tuple[str, ...], int]) -> Integers | int:
-        """Numbers of the kinds of `rows` among all `known`, to which new ones are added."""
-        numbers = [known.setdefault(kind, len(known)) for kind in self.kinds]
-        return numbers[0] if self.kind_of_row is None else np.array(numbers)[self.kind_of_row[rows]]
-
-
-def _member_table(index: ShardIndex) -> _MemberTable:
-    """The parts of a shard's index that reading needs."""
-    starts, sizes = index.starts, index.sizes
-    counts = np.diff(starts)
-    firsts, lasts = starts[:-1], starts[1:] - 1
-    offsets = index.offsets[firsts]
-    spans = index.offsets[lasts] + sizes[lasts] - offsets
-    begins = index.offsets - np.repeat(offsets, counts)
-    far_apart = spans - np.add.reduceat(sizes, firsts) > _GAP_BYTES * counts if len(counts) else counts > 0
-    scattered: dict[int, list[tuple[int, int]]] = {}
-    for row in np.flatnonzero(far_apart).tolist():
-        members = slice(starts[row], starts[row + 1])
-        scattered[row] = list(zip(index.offsets[members].tolist(), sizes[members].tolist(), strict=True))
-        spans[row] = -1
-        begins[members] = np.cumsum(sizes[members]) - sizes[members]
-    bounds = np.stack([begins, begins + sizes], axis=1)
-    kinds, kind_of_row = _kinds(index, starts)
-    keys, key_starts = _joined(index.keys)
-    return _MemberTable(
-        keys=keys,
-        numbers=np.stack([offsets, spans, key_starts[:-1], key_starts[1:], np.arange(len(counts)), firsts], axis=1),
-        bounds=bounds.astype(np.int32) if not len(bounds) or bounds.max() < 2**31 else bounds,
-        kinds=kinds,
-        kind_of_row=kind_of_row,
-        scattered=scattered,
-    )
-
-
-def _joined(keys: pa.StringArray) -> tuple[str, Integers]:
-    """All keys as one text, and int64, shape (rows + 1,), where each one starts in it."""
-    _, borders, data = keys.buffers()
-    if data is None or not len(keys):
-        return "", np.zeros(len(keys) + 1, dtype=np.int64)
-    starts = np.frombuffer(borders, dtype=np.int32)[keys.offset : keys.offset + len(keys) + 1].astype(np.int64)
-    text = bytes(data[starts[0] : starts[-1]]).decode()
-    if text.isascii():
-        return text, starts - starts[0]
-    lengths = pc.utf8_length(keys).to_numpy()
-    return text, np.concatenate([np.zeros(1, np.int64), np.cumsum(lengths, dtype=np.int64)])
-
-
-def _kinds(index: ShardIndex, starts: Integers) -> tuple[tuple[tuple[str, ...], ...], npt.NDArray[np.int32] | None]:
-    """The distinct tuples of extensions of a shard, and which one each row has (None: all the first)."""
-    codes = index.extension_codes
-    rows = len(starts) - 1
-    width = int(starts[1]) if rows else 0
-    if (
-        rows * width == len(codes)
-        and (np.diff(starts) == width).all()
-        and (codes.reshape(rows, width) == codes[:width]).all()
-    ):
-        return (tuple(index.extensions[code] for code in codes[:width]),), None
-    numbers: dict[bytes, int] = {}
-    bounds = starts.tolist()
-    kind_of_row = [
-        numbers.setdefault(codes[first:stop].tobytes(), len(numbers)) for first, stop in itertools.pairwise(bounds)
-    ]
-    kinds = tuple(tuple(index.extensions[code] for code in np.frombuffer(name, codes.dtype)) for name in numbers)
-    return kinds, np.array(kind_of_row, dtype=np.int32)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import json
 import logging
 import os
@@ -19,7 +20,7 @@ import webdataset as wds
 from torch.utils.data import DataLoader
 from torchdata.stateful_dataloader import StatefulDataLoader
 
-from dynams_stream import reading, storage
+from dynams_stream import members, reading, storage
 from dynams_stream.errors import (
     RoundNotFoundError,
     SampleError,
@@ -29,6 +30,7 @@ from dynams_stream.errors import (
     StoreError,
     UsageError,
 )
+from dynams_stream.members import MemberTables
 from dynams_stream.order import EpochOrder, substitute
 from dynams_stream.store import Store
 from dynams_stream.stream import SelectedDataset
@@ -129,7 +131,7 @@ def test_only_selected_samples_are_read(store: Store, rows: list[list[int]], mon
 
 def test_members_far_apart_are_read_one_by_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     store = stream_stores.make_store(tmp_path, (12, 8))
-    monkeypatch.setattr(reading, "_GAP_BYTES", 200)  # now a header of 512 bytes is far
+    monkeypatch.setattr(members, "_GAP_BYTES", 200)  # now a header of 512 bytes is far
     theirs = stream_stores.webdataset_samples(store.dataset().urls)
     for sample in SelectedDataset(store):
         shard, row = identity(sample)
@@ -152,12 +154,12 @@ def test_moved_shards_are_read_and_keep_their_name(store: Store, tmp_path: Path)
 def test_few_open_files_and_a_small_index_cache_are_enough(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = list(SelectedDataset(store))
     monkeypatch.setattr(reading, "_MOST_OPEN", 2)
-    monkeypatch.setattr(reading, "_TABLE_BYTES", 1)
+    monkeypatch.setattr(reading, "MemberTables", functools.partial(MemberTables, budget=1))
     dataset = SelectedDataset(store)
     assert list(dataset) == whole
     reader = dataset.pipeline[0]._reader
     assert len(reader._readers) <= 2
-    assert len(reader._tables) <= 4  # as many as one chunk needs
+    assert len(reader.tables._pieces) <= 4  # as many as one chunk needs
 
 
 # ---- pipeline --------------------------------------------------------------------------------------------------------
