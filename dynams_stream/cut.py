@@ -36,7 +36,8 @@ from dynams_stream.cut_part import (
 )
 from dynams_stream.errors import SelectionError, StoreError
 from dynams_stream.ordered_map import OrderedMap
-from dynams_stream.selection import selected_count, selection_writer
+from dynams_stream.selection import selected_count
+from dynams_stream.selection_file import selection_writer
 from dynams_stream.strategy import Strategy
 
 __all__ = ["CutResult", "ScorePart", "exact_cut"]
@@ -60,7 +61,7 @@ class CutResult:
         selected: selected samples.
         per_class: for each label, how many samples have it ("all") and how many of them are selected ("selected").
             Empty without labels, for a random order, and with more than `MOST_CLASSES` labels.
-        sha256: digest of `selection.parquet`, in hex.
+        selection: what the manifest says of `selection.parquet`: digests, and rows of each shard.
     """
 
     fraction: str
@@ -72,7 +73,12 @@ class CutResult:
     scored: int
     selected: int
     per_class: Mapping[int, Mapping[str, int]]
-    sha256: str
+    selection: Mapping[str, str]
+
+    @property
+    def sha256(self) -> str:
+        """Digest of `selection.parquet`, in hex."""
+        return self.selection["sha256"]
 
     @property
     def failed(self) -> int:
@@ -94,7 +100,7 @@ class CutResult:
                 "selected": self.selected,
             },
             "classes": {str(label): dict(counts) for label, counts in sorted(self.per_class.items())},
-            "selection": {"sha256": self.sha256},
+            "selection": dict(self.selection),
         }
 
 
@@ -163,7 +169,7 @@ def exact_cut(
         scored=threshold.scored,
         selected=threshold.selected,
         per_class=classes.result(),
-        sha256=writer.digest,
+        selection=writer.for_manifest(),
     )
 
 

@@ -7,6 +7,7 @@
     │   ├── ShardMissingError        there is no such file or object
     │   ├── ShardFormatError         compressed, truncated or not a tar at all
     │   ├── ShardChangedError        not the bytes that were indexed
+    │   ├── ShardUnreadableError     it is there, but its bytes cannot be had: no permission, a broken disk or network
     │   └── DuplicateMemberError     two members of one sample share an extension
     ├── BadShardsError             every bad shard of an indexing run, listed at once
     ├── SampleError                one sample cannot be read, decoded or scored
@@ -75,6 +76,10 @@ class ShardFormatError(ShardError):
 
 class ShardChangedError(ShardError):
     """The shard no longer holds the bytes that were indexed."""
+
+
+class ShardUnreadableError(ShardError, OSError):
+    """The shard's bytes cannot be had: no permission, a disk that fails, or an object store that does not answer."""
 
 
 class DuplicateMemberError(ShardError, ValueError):

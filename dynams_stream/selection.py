@@ -1,28 +1,26 @@
-"""Selection: for each shard the rows to train on, and its file.
-
-`selection.parquet` has one line for every shard in order, possibly with an empty list, and one row group per part. It
-holds its columns and a format version, no time and no path, so that the same rows always make the same bytes.
-"""
+"""Selection: for each shard the rows to train on, all in memory or read by the shard when they are needed."""
 
 from __future__ import annotations
 
 import decimal
 import hashlib
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections import OrderedDict
 from decimal import Decimal
 from fractions import Fraction
-from typing import BinaryIO
+from typing import Final, Protocol
 
 import numpy as np
 import numpy.typing as npt
-import pyarrow as pa
-import pyarrow.parquet as pq
 
-from dynams_stream import schema, storage
-from dynams_stream.errors import StoreError, UsageError
+from dynams_stream import selection_file
+from dynams_stream.errors import UsageError
+
+Integers = npt.NDArray[np.int64]
+Rows = npt.NDArray[np.uint32]
+Weights = npt.NDArray[np.float32]
+
+_HELD_BYTES: Final = 32 << 20  # rows of a selection read by the shard that are kept, at least those in use
 
 
 def _exact(fraction: float | str | Decimal) -> Fraction:
@@ -49,232 +47,183 @@ def selected_count(fraction: float | str | Decimal, samples: int) -> int:
     return math.ceil(_exact(fraction) * samples)
 
 
-@dataclass(frozen=True, eq=False)
+class _Source(Protocol):
+    """Where the rows come from."""
+
+    def rows(self, shard: int) -> Rows: ...
+    def weights(self, shard: int) -> Weights | None: ...
+    def rows_at(self, shards: Integers, places: Integers) -> Integers: ...
+    def weights_at(self, shards: Integers, places: Integers) -> Weights | None: ...
+
+
 class Selection:
     """For each shard the sorted rows to train on, and optional weights.
+
+    Made by `everything`, `read` (all in memory, 4 bytes a row) or `open` (read by the shard, in bounded memory).
 
     Attributes:
         counts: int64, shape (shards,): selected rows of each shard.
         digest: SHA-256 of `selection.parquet` in hex; of `everything`, a digest of the dataset's digest.
     """
 
-    counts: npt.NDArray[np.int64]
-    digest: str
-    _values: npt.NDArray[np.uint32] | None = None  # all shards' rows in one run; None: every row of every shard
-    _weights: npt.NDArray[np.float32] | None = None
-    _offsets: npt.NDArray[np.int64] | None = None  # shape (shards + 1,): shard s owns offsets[s]:offsets[s + 1]
+    def __init__(self, counts: Integers, digest: str, source: _Source):
+        self.counts = counts
+        self.digest = digest
+        self._source = source
 
     @property
     def total(self) -> int:
         """How many samples are selected."""
         return int(self.counts.sum())
 
-    def rows(self, shard: int) -> npt.NDArray[np.uint32]:
+    def rows(self, shard: int) -> Rows:
         """The selected rows of `shard`, uint32, ascending."""
-        if self._values is None or self._offsets is None:
-            return np.arange(self.counts[shard], dtype=np.uint32)
-        return self._values[self._offsets[shard] : self._offsets[shard + 1]]
+        return self._source.rows(shard)
 
-    def weights(self, shard: int) -> npt.NDArray[np.float32] | None:
+    def weights(self, shard: int) -> Weights | None:
         """The weights of `rows(shard)`, float32; None when the selection has none."""
-        if self._weights is None or self._offsets is None:
-            return None
-        return self._weights[self._offsets[shard] : self._offsets[shard + 1]]
+        return self._source.weights(shard)
+
+    def rows_at(self, shards: Integers, places: Integers) -> Integers:
+        """`rows(shard)[place]` of each pair, int64.
+
+        Args:
+            shards, places: int64, shape (n,).
+        """
+        return self._source.rows_at(shards, places)
+
+    def weights_at(self, shards: Integers, places: Integers) -> Weights | None:
+        """`weights(shard)[place]` of each pair, float32; None when the selection has none."""
+        return self._source.weights_at(shards, places)
 
     @classmethod
-    def everything(cls, counts: npt.NDArray[np.int64], dataset_digest: str) -> Selection:
+    def everything(cls, counts: Integers, dataset_digest: str) -> Selection:
         """All rows of all shards, made on demand.
 
         Args:
             counts: int64, shape (shards,): samples in each shard.
             dataset_digest: the digest of the dataset that `counts` is from.
         """
+        counts = np.asarray(counts, dtype=np.int64)
         digest = hashlib.sha256(f"everything of {dataset_digest}".encode()).hexdigest()
-        return cls(counts=np.asarray(counts, dtype=np.int64), digest=digest)
+        return cls(counts, digest, _Everything(counts))
 
     @classmethod
     def read(cls, url: str) -> Selection:
-        """Read a `selection.parquet`.
+        """Read a whole `selection.parquet` into memory.
 
         Raises:
             StoreError: when it is missing, of another format, or not a line for every shard with ascending rows.
         """
-        try:
-            data = storage.read_bytes(url)
-        except FileNotFoundError as error:
-            raise StoreError(f"{url}: no such file; restore it, or select again") from error
-        try:
-            file = pq.ParquetFile(pa.BufferReader(data))
-            schema.require_format(file.schema_arrow.metadata, url)
-            counts, values, weights = _read_flat(file, url)
-        except (pa.ArrowInvalid, OSError) as error:
-            raise StoreError(f"{url}: not a readable Parquet file ({error}); restore it, or select again") from error
-        offsets = np.concatenate([np.zeros(1, dtype=np.int64), np.cumsum(counts)])
-        _require_ascending(values, offsets, url)
-        return cls(counts, hashlib.sha256(data).hexdigest(), values, weights, offsets)
+        digest, counts, rows, weights = selection_file.read_whole(url)
+        return cls(counts, digest, _InMemory(counts, rows, weights))
 
-
-def _read_flat(
-    file: pq.ParquetFile, url: str
-) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.uint32], npt.NDArray[np.float32] | None]:
-    """counts, rows and weights of all lines, read row group by row group into arrays made once."""
-    if not file.schema_arrow.equals(schema.SELECTION_SCHEMA):
-        raise _malformed(url, f"its columns are {file.schema_arrow.names}")
-    about = file.metadata
-    leaf = next(i for i in range(about.num_columns) if about.schema.column(i).path.startswith("rows."))
-    most = sum(about.row_group(group).column(leaf).num_values for group in range(about.num_row_groups))
-    counts = np.empty(about.num_rows, dtype=np.int64)
-    values = np.empty(most, dtype=np.uint32)
-    weights: npt.NDArray[np.float32] | None = None
-    line = filled = weighted = 0
-    for group in range(about.num_row_groups):
-        table = file.read_row_group(group, use_threads=False)
-        shards = table["shard"].to_numpy()
-        if not np.array_equal(shards, np.arange(line, line + len(shards))):
-            raise _malformed(url, f"row group {group} does not hold shards {line} to {line + len(shards) - 1} in order")
-        rows, weight = table["rows"].combine_chunks(), table["weights"].combine_chunks()
-        lengths = rows.value_lengths().to_numpy(zero_copy_only=False)
-        counts[line : line + len(lengths)] = lengths
-        flat = rows.flatten().to_numpy(zero_copy_only=False)
-        values[filled : filled + len(flat)] = flat
-        filled += len(flat)
-        if len(flat_weights := weight.flatten().to_numpy(zero_copy_only=False)):
-            unequal = np.flatnonzero(lengths != weight.value_lengths().fill_null(0).to_numpy(zero_copy_only=False))
-            if len(unequal):
-                raise _malformed(url, f"shard {line + unequal[0]} has not one weight for each of its rows")
-            weights = np.empty(most, dtype=np.float32) if weights is None else weights
-            weights[weighted : weighted + len(flat_weights)] = flat_weights
-            weighted += len(flat_weights)
-        line += len(lengths)
-    if weighted not in (0, filled):
-        raise _malformed(url, f"it has {weighted} weights for {filled} rows")
-    return counts, values[:filled], None if weights is None else weights[:filled]
-
-
-def _require_ascending(values: npt.NDArray[np.uint32], offsets: npt.NDArray[np.int64], url: str) -> None:
-    ascending = values[1:] > values[:-1]
-    starts = offsets[1:-1]
-    ascending[starts[(starts > 0) & (starts < len(values))] - 1] = True
-    if not ascending.all():
-        place = int(np.argmin(ascending)) + 1
-        shard = int(np.searchsorted(offsets, place, side="right")) - 1
-        raise _malformed(url, f"the rows of shard {shard} do not ascend")
-
-
-def _malformed(url: str, what: str) -> StoreError:
-    return StoreError(f"{url}: not a selection of this format: {what}; restore it, or select again")
-
-
-class SelectionWriter:
-    """Writes a selection part by part, in bounded memory; make one with `selection_writer`."""
-
-    def __init__(self, file: BinaryIO):
-        self._file = _HashingFile(file)
-        self._shards = 0
-        self._total = 0
-        self._parquet = pq.ParquetWriter(
-            pa.PythonFile(self._file, mode="w"),
-            schema.SELECTION_SCHEMA,
-            compression="zstd",
-            use_dictionary=False,
-            column_encoding=schema.encodings(schema.SELECTION_SCHEMA),
-        )
-
-    def append(
-        self,
-        counts: npt.NDArray[np.int64],
-        rows: npt.NDArray[np.uint32],
-        weights: npt.NDArray[np.float32] | None = None,
-    ) -> None:
-        """Write the next part as one row group.
+    @classmethod
+    def open(cls, url: str, digest: str, counts: Integers | None = None, footer_digest: str | None = None) -> Selection:
+        """Open a `selection.parquet` whose rows are read by the shard, when they are needed.
 
         Args:
-            counts: int64, shape (shards of the part,): selected rows of each of its shards.
-            rows: uint32, shape (counts.sum(),): the shards' rows one after another, ascending within a shard.
-            weights: float32, one for each of `rows`; either all parts have them or none.
+            url: the file.
+            digest: its SHA-256 in hex, as the manifest has it.
+            counts: int64, selected rows of each shard, as the manifest has them; read from the file when None.
+            footer_digest: SHA-256 of its footer in hex, which is checked; without it the whole file is.
+
+        Raises:
+            StoreError: when it is missing, of another format, or not the file that was published.
         """
-        offsets = np.concatenate([np.zeros(1, dtype=np.int32), np.cumsum(counts, dtype=np.int32)])
-        if weights is None:
-            weight_lists = pa.nulls(len(counts), schema.SELECTION_SCHEMA.field("weights").type)
-        else:
-            weight_lists = _lists(offsets, weights, "weights")
-        table = pa.table(
-            [
-                pa.array(np.arange(self._shards, self._shards + len(counts), dtype=np.int32)),
-                _lists(offsets, np.ascontiguousarray(rows, dtype=np.uint32), "rows"),
-                weight_lists,
-            ],
-            schema=schema.SELECTION_SCHEMA,
-        )
-        self._parquet.write_table(table, row_group_size=max(1, len(counts)))
-        self._shards += len(counts)
-        self._total += len(rows)
-
-    @property
-    def total(self) -> int:
-        """How many rows were written so far."""
-        return self._total
-
-    def close(self) -> None:
-        """Write the footer; `digest` is final from here on."""
-        self._parquet.close()
-
-    def abandon(self) -> None:
-        """Close without writing any more: left open, pyarrow would write a footer into the closed file later."""
-        self._file.discards = True
-        self._parquet.close()
-
-    @property
-    def digest(self) -> str:
-        """SHA-256 in hex of the bytes written so far."""
-        return self._file.digest.hexdigest()
+        selection_file.require_digest(url, digest, footer_digest)
+        if counts is None:
+            counts = selection_file.read_counts(url)
+        return cls(counts, digest, _ByShard(url, counts))
 
 
-@contextmanager
-def selection_writer(url: str) -> Iterator[SelectionWriter]:
-    """A `SelectionWriter` whose file appears under `url` whole when the block ends, or not at all.
+class _Everything:
+    """Every row of every shard."""
 
-    Its `digest` is the file's once the block has ended.
-    """
-    with storage.atomic_writer(url) as file:
-        writer = SelectionWriter(file)
-        try:
-            yield writer
-        except BaseException:
-            writer.abandon()
-            raise
-        writer.close()
+    def __init__(self, counts: Integers):
+        self._counts = counts
 
+    def rows(self, shard: int) -> Rows:
+        return np.arange(self._counts[shard], dtype=np.uint32)
 
-def _lists(offsets: npt.NDArray[np.int32], values: npt.NDArray[np.generic], column: str) -> pa.ListArray:
-    kind = schema.SELECTION_SCHEMA.field(column).type
-    return pa.ListArray.from_arrays(pa.array(offsets), pa.array(values, type=kind.value_type), type=kind)
+    def weights(self, shard: int) -> Weights | None:
+        return None
+
+    def rows_at(self, shards: Integers, places: Integers) -> Integers:
+        return places
+
+    def weights_at(self, shards: Integers, places: Integers) -> Weights | None:
+        return None
 
 
-class _HashingFile:
-    """A file that is written through, with the SHA-256 of what was written."""
+class _InMemory:
+    """All rows in one array."""
 
-    def __init__(self, file: BinaryIO):
-        self._file = file
-        self._position = 0
-        self.digest = hashlib.sha256()
-        self.discards = False
-        self.closed = False
+    def __init__(self, counts: Integers, rows: Rows, weights: Weights | None):
+        self._rows = rows
+        self._weights = weights
+        self._offsets: Integers = np.concatenate([np.zeros(1, dtype=np.int64), np.cumsum(counts)])
 
-    def write(self, data: bytes) -> int:
-        if not self.discards:
-            self.digest.update(data)
-            self._file.write(data)
-        size = memoryview(data).nbytes
-        self._position += size
-        return size
+    def rows(self, shard: int) -> Rows:
+        return self._rows[self._offsets[shard] : self._offsets[shard + 1]]
 
-    def tell(self) -> int:
-        return self._position
+    def weights(self, shard: int) -> Weights | None:
+        return None if self._weights is None else self._weights[self._offsets[shard] : self._offsets[shard + 1]]
 
-    def flush(self) -> None:
-        if not self.discards:
-            self._file.flush()
+    def rows_at(self, shards: Integers, places: Integers) -> Integers:
+        rows: Integers = self._rows[self._offsets[shards] + places].astype(np.int64)
+        return rows
 
-    def close(self) -> None:
-        self.closed = True  # the underlying file belongs to `storage.atomic_writer`
+    def weights_at(self, shards: Integers, places: Integers) -> Weights | None:
+        return None if self._weights is None else self._weights[self._offsets[shards] + places]
+
+
+class _ByShard:
+    """Rows that are read when a shard is first needed, and kept while others are needed more seldom."""
+
+    def __init__(self, url: str, counts: Integers):
+        self._reader = selection_file.ShardRowsReader(url, counts)
+        self._shards: OrderedDict[int, tuple[Rows, Weights | None]] = OrderedDict()
+        self._held = 0
+
+    def __getstate__(self) -> dict[str, object]:
+        return self.__dict__ | {"_shards": OrderedDict(), "_held": 0}
+
+    def rows(self, shard: int) -> Rows:
+        return self._load([shard])[0][0]
+
+    def weights(self, shard: int) -> Weights | None:
+        return self._load([shard])[0][1]
+
+    def rows_at(self, shards: Integers, places: Integers) -> Integers:
+        distinct, number = np.unique(shards, return_inverse=True)
+        lists = [rows for rows, _ in self._load(distinct.tolist())]
+        starts = np.cumsum([0, *map(len, lists[:-1])])
+        return np.concatenate(lists)[starts[number] + places].astype(np.int64)
+
+    def weights_at(self, shards: Integers, places: Integers) -> Weights | None:
+        distinct, number = np.unique(shards, return_inverse=True)
+        found = [weights for _, weights in self._load(distinct.tolist())]
+        lists = [weights for weights in found if weights is not None]
+        if len(lists) < len(found):
+            return None
+        starts = np.cumsum([0, *map(len, lists[:-1])])
+        weights: Weights = np.concatenate(lists)[starts[number] + places]
+        return weights
+
+    def _load(self, shards: list[int]) -> list[tuple[Rows, Weights | None]]:
+        wanted = set(shards)
+        for shard in shards:
+            if shard in self._shards:
+                self._shards.move_to_end(shard)
+        found = []
+        for shard in shards:
+            known = self._shards.get(shard)
+            if known is None:
+                self._shards[shard] = known = self._reader.read(shard)
+                self._held += sum(each.nbytes for each in known if each is not None)
+                while self._held > _HELD_BYTES and next(iter(self._shards)) not in wanted:
+                    dropped = self._shards.popitem(last=False)[1]
+                    self._held -= sum(each.nbytes for each in dropped if each is not None)
+            found.append(known)
+        return found

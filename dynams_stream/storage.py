@@ -1,7 +1,7 @@
 """The one door to bytes: range reads, atomic writes, listing, create-if-absent and fingerprints.
 
-Local paths go straight to the operating system; `scheme://` URLs go through fsspec (`s3://` needs the extra
-`dynams-stream[s3]`, `gs://` needs `dynams-stream[gcs]`). Shell pipes are refused.
+Local paths go straight to the operating system; `scheme://` URLs go through fsspec (`s3://`, `gs://`, `az://` and
+`http://` need the extras `dynams-stream[s3]`, `[gcs]`, `[azure]` and `[http]`). Shell pipes are refused.
 
 A fingerprint says which bytes a shard held when it was indexed:
 
@@ -26,12 +26,24 @@ from typing import BinaryIO, Protocol, cast
 import fsspec
 import pyarrow as pa
 
-from dynams_stream.errors import MissingExtraError, ShardChangedError, ShardMissingError, StoreError, UsageError
+from dynams_stream.errors import (
+    MissingExtraError,
+    ShardChangedError,
+    ShardMissingError,
+    ShardUnreadableError,
+    StoreError,
+    UsageError,
+)
 
 HEADER_BYTES = 512
 _SCHEME = re.compile(r"^([a-zA-Z][a-zA-Z0-9+.-]*)://")
 _CONDITIONAL = frozenset({"s3", "s3a", "gs", "gcs", "memory"})
-_EXTRAS = {"s3": "s3", "s3a": "s3", "gs": "gcs", "gcs": "gcs"}
+_EXTRAS = {
+    **dict.fromkeys(("s3", "s3a"), "s3"),
+    **dict.fromkeys(("gs", "gcs"), "gcs"),
+    **dict.fromkeys(("az", "abfs", "abfss"), "azure"),
+    **dict.fromkeys(("http", "https"), "http"),
+}
 
 
 def absolute(url: str | os.PathLike[str]) -> str:
@@ -100,26 +112,30 @@ class Reader(Protocol):
 class LocalReader:
     """Positioned reads of a local file, safe from several threads at once."""
 
-    _descriptor = -1
+    descriptor = -1
 
     def __init__(self, path: str):
         try:
-            self._descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+            self.descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
         except FileNotFoundError as error:
             raise ShardMissingError(missing_message(path), shard=path) from error
+        except OSError as error:
+            raise ShardUnreadableError(
+                f"{path}: cannot be opened ({error}); see that it may be read", shard=path
+            ) from error
         self.path = path
-        status = os.fstat(self._descriptor)
+        status = os.fstat(self.descriptor)
         self.size = status.st_size
         self.modified = status.st_mtime_ns
 
     def pread(self, offset: int, size: int) -> bytes:
-        data = os.pread(self._descriptor, size, offset)
+        data = os.pread(self.descriptor, size, offset)
         if len(data) == size:
             return data
         pieces = [data]  # a signal or a network file system may cut a read short; only an empty read is the end
         while data and size > sum(map(len, pieces)):
             done = sum(map(len, pieces))
-            data = os.pread(self._descriptor, size - done, offset + done)
+            data = os.pread(self.descriptor, size - done, offset + done)
             pieces.append(data)
         data = b"".join(pieces)
         if len(data) != size:
@@ -127,9 +143,9 @@ class LocalReader:
         return data
 
     def close(self) -> None:
-        if self._descriptor >= 0:
-            os.close(self._descriptor)
-            self._descriptor = -1
+        if self.descriptor >= 0:
+            os.close(self.descriptor)
+            self.descriptor = -1
 
     def __del__(self) -> None:
         self.close()
@@ -156,7 +172,7 @@ class RemoteReader:
         except FileNotFoundError as error:
             raise ShardMissingError(missing_message(self.url), shard=self.url) from error
         except OSError as error:
-            if _refusal(error) != "InvalidRange":  # how S3 says that the object ends before `offset`
+            if refusal(error) != "InvalidRange":  # how S3 says that the object ends before `offset`
                 raise
             data = b""
         if len(data) != size:
@@ -170,6 +186,15 @@ class RemoteReader:
 def missing_message(url: str) -> str:
     """What to say of a shard that is not there."""
     return f"{url}: no such file or object; restore it, or index the dataset again without it"
+
+
+def changed_message(url: str, indexed: str, found: str = "") -> str:
+    """What to say of a shard that is not the one that was indexed."""
+    now = f", now it is {found}" if found else ""
+    return (
+        f"{url}: not the shard that was indexed (it was {indexed}{now}); "
+        f"restore it, or index the dataset again with `dynams index` and score a new round"
+    )
 
 
 def short_message(url: str, offset: int, wanted: int, found: int) -> str:
@@ -236,6 +261,12 @@ def fingerprint(reader: LocalReader | RemoteReader) -> str:
     if isinstance(reader, LocalReader):
         return f"size={reader.size};time={reader.modified};head={head:08x}"
     return f"size={reader.size};etag={reader.etag};head={head:08x}"
+
+
+def etag_of(fingerprint: str) -> str:
+    """The entity tag in an object's fingerprint, "" when it has none."""
+    _, found, rest = fingerprint.partition(";etag=")
+    return rest.rpartition(";head=")[0] if found else ""
 
 
 def same_bytes(recorded: str, found: str, *, moved: bool) -> bool:
@@ -344,7 +375,7 @@ def _create_remote(url: str, data: bytes) -> None:
         except FileExistsError:
             raise
         except OSError as error:
-            code = _refusal(error)
+            code = refusal(error)
             if code == "PreconditionFailed":
                 raise FileExistsError(url) from error
             if code != "ConditionalRequestConflict" or wait is None:  # S3 asks to try again when two PUTs meet
@@ -352,10 +383,13 @@ def _create_remote(url: str, data: bytes) -> None:
             time.sleep(wait)
 
 
-def _refusal(error: OSError) -> str:
-    """The code with which an object store refused a request; s3fs keeps it in the error's cause."""
+def refusal(error: Exception) -> str:
+    """The code with which an object store refused a request, "" when none is known.
+
+    s3fs keeps it in the error's cause, gcsfs calls it `code`, and aiohttp `status`.
+    """
     response = getattr(error.__cause__, "response", None) or {}
-    code = str(response.get("Error", {}).get("Code", getattr(error, "code", "")))
+    code = str(response.get("Error", {}).get("Code", getattr(error, "code", getattr(error, "status", ""))))
     return {"412": "PreconditionFailed", "409": "ConditionalRequestConflict"}.get(code, code)
 
 

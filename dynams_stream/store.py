@@ -1,81 +1,32 @@
-"""Store, Dataset and Round: what has been indexed and published, and how it gets published.
+"""Store and Round: what has been indexed and published, and how it gets published.
 
 Readers see published rounds only, and open the files that a manifest names.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import uuid
-from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.dataset
-import pyarrow.parquet as pq
 
 from dynams_stream import schema, storage
-from dynams_stream.errors import NotIndexedError, RoundExistsError, RoundNotFoundError, StoreError, UsageError
+from dynams_stream.dataset import Dataset, read_dataset, require_distinct_names
+from dynams_stream.errors import (
+    NotIndexedError,
+    RoundExistsError,
+    RoundNotFoundError,
+    ShardChangedError,
+    StoreError,
+    UsageError,
+)
 from dynams_stream.selection import Selection
-
-
-@dataclass(frozen=True)
-class Part:
-    """A fixed run of consecutive shards: the unit of work, commit and resume.
-
-    Attributes:
-        number: 0-based number of the part.
-        first_shard: number of its first shard.
-        shards: how many shards it holds.
-        samples: how many samples they hold together.
-        index_file: path of its member index, relative to the store.
-    """
-
-    number: int
-    first_shard: int
-    shards: int
-    samples: int
-    index_file: str
-
-
-@dataclass(frozen=True, eq=False)
-class Dataset:
-    """The shards of one dataset version, in order.
-
-    Attributes:
-        version: 1, 2, …
-        digest: SHA-256 of the table's file, in hex.
-        urls: URL of each shard.
-        sizes: int64, bytes of each shard.
-        fingerprints: what identified each shard's bytes when it was indexed.
-        counts: int64, samples in each shard.
-        parts: the parts, in order.
-    """
-
-    version: int
-    digest: str
-    urls: tuple[str, ...]
-    sizes: npt.NDArray[np.int64]
-    fingerprints: tuple[str, ...]
-    counts: npt.NDArray[np.int64]
-    parts: tuple[Part, ...]
-
-    @property
-    def samples(self) -> int:
-        """How many samples all shards hold."""
-        return int(self.counts.sum())
-
-    @cached_property
-    def part_of_shard(self) -> npt.NDArray[np.int32]:
-        """int32, for each shard the number of its part."""
-        return np.repeat(np.arange(len(self.parts), dtype=np.int32), [part.shards for part in self.parts])
 
 
 class Store:
@@ -104,6 +55,26 @@ class Store:
         """Where to read the shard that was indexed as `url`."""
         return url if self.shards_at is None else storage.join(self.shards_at, url.rsplit("/", 1)[-1])
 
+    def open_shard(self, url: str, fingerprint: str) -> storage.LocalReader | storage.RemoteReader:
+        """Open a shard and make sure that it holds the bytes that were indexed.
+
+        Args:
+            url: the shard's URL as it was indexed.
+            fingerprint: what identified it then.
+
+        Raises:
+            ShardMissingError: when it is not there.
+            ShardChangedError: when it is another file than the one that was indexed.
+            ShardUnreadableError: when it may not be read.
+        """
+        place = self.shard_url(url)
+        reader = storage.open_reader(place)
+        found = storage.fingerprint(reader)
+        if not storage.same_bytes(fingerprint, found, moved=self.shards_at is not None):
+            reader.close()
+            raise ShardChangedError(storage.changed_message(place, fingerprint, found), shard=url)
+        return reader
+
     # ---- dataset -----------------------------------------------------------------------------------------------------
 
     def dataset_versions(self) -> list[int]:
@@ -125,9 +96,9 @@ class Store:
         number = versions[-1] if version is None else version
         if number not in versions:
             raise NotIndexedError(f"{self.url} holds no dataset version {number}; it holds {versions}")
-        dataset = _read_dataset(self.path(schema.dataset_path(number)), number)
+        dataset = read_dataset(self.path(schema.dataset_path(number)), number)
         if self.shards_at is not None:
-            _require_distinct_names(dataset, self.shards_at)
+            require_distinct_names(dataset, self.shards_at)
         return dataset
 
     # ---- rounds ------------------------------------------------------------------------------------------------------
@@ -286,6 +257,10 @@ class Store:
         )
 
 
+_SELECTED_IN_MEMORY = 4_000_000
+"""Selected rows, 4 bytes each, that a process keeps in memory; larger selections are read by the shard."""
+
+
 @dataclass(frozen=True, eq=False)
 class Round:
     """A published round: a selection and the score tables it was cut from. It never changes.
@@ -334,13 +309,22 @@ class Round:
         return dataset
 
     def selection(self) -> Selection:
-        """The rows to train on, checked against the digest in the manifest."""
-        selection = Selection.read(self.store.path(schema.selection_path(self.number)))
-        expected = self.manifest["selection"]["sha256"]
-        if selection.digest != expected:
+        """The rows to train on, checked against the digests in the manifest; a large one is read by the shard.
+
+        Raises:
+            StoreError: when the file is missing, or not the one that was published.
+        """
+        url = self.store.path(schema.selection_path(self.number))
+        recorded = self.manifest["selection"]
+        if self.counts["selected"] > _SELECTED_IN_MEMORY:
+            per_shard = recorded.get("per_shard")
+            counts = None if per_shard is None else np.array(per_shard.split(), dtype=np.int64)
+            return Selection.open(url, recorded["sha256"], counts, recorded.get("footer_sha256"))
+        selection = Selection.read(url)
+        if selection.digest != recorded["sha256"]:
             raise StoreError(
                 f"{self.store.url}: round {self.number}'s selection.parquet is not the file that was published "
-                f"(SHA-256 {selection.digest[:12]}, recorded {expected[:12]}); restore it, or select again"
+                f"(SHA-256 {selection.digest[:12]}, recorded {recorded['sha256'][:12]}); restore it, or select again"
             )
         return selection
 
@@ -364,16 +348,6 @@ class Round:
         return pyarrow.dataset.dataset(paths, schema=schema.SCORES_SCHEMA, format="parquet", filesystem=system)
 
 
-def _require_distinct_names(dataset: Dataset, shards_at: str) -> None:
-    names = [url.rsplit("/", 1)[-1] for url in dataset.urls]
-    twice, times = Counter(names).most_common(1)[0] if names else ("", 0)
-    if times > 1:
-        raise UsageError(
-            f"shards_at={shards_at!r} finds shards by their base names, and several of this dataset are named "
-            f"{twice!r}; read them where they were indexed, or index the copies as a dataset of their own"
-        )
-
-
 def round_number(which: int | str) -> int:
     """The number that a user's `3`, `"3"` or `"000003"` means."""
     if isinstance(which, bool) or not str(which).isdigit() or int(which) < 1:
@@ -383,29 +357,3 @@ def round_number(which: int | str) -> int:
 
 def _is_numbered_table(name: str) -> bool:
     return name.endswith(".parquet") and name[: -len(".parquet")].isdigit()
-
-
-def _read_dataset(url: str, version: int) -> Dataset:
-    data = storage.read_bytes(url)
-    try:
-        # Not `read_table`: it leaves the bytes to threads that may outlive the interpreter, which aborts the process.
-        table = pq.ParquetFile(pa.BufferReader(data)).read(use_threads=False)
-    except pa.ArrowInvalid as error:
-        raise StoreError(f"{url}: not a readable Parquet file ({error}); restore it, or index again") from error
-    schema.require_format(table.schema.metadata, url)
-    parts = table["part"].to_numpy()
-    counts = table["samples"].to_numpy()
-    first, shards = np.unique(parts, return_index=True)[1], np.bincount(parts)
-    index_files = table["index_file"].to_pylist()
-    return Dataset(
-        version=version,
-        digest=hashlib.sha256(data).hexdigest(),
-        urls=tuple(table["url"].to_pylist()),
-        sizes=table["bytes"].to_numpy(),
-        fingerprints=tuple(table["fingerprint"].to_pylist()),
-        counts=counts,
-        parts=tuple(
-            Part(number, int(start), int(length), int(counts[start : start + length].sum()), index_files[start])
-            for number, (start, length) in enumerate(zip(first, shards, strict=True))
-        ),
-    )

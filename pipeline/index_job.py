@@ -20,6 +20,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from dynams_stream import schema, storage
+from dynams_stream.dataset import Dataset
 from dynams_stream.errors import BadShardsError, MissingExtraError, StoreError, UsageError
 from dynams_stream.index import (
     IndexedShard,
@@ -32,7 +33,7 @@ from dynams_stream.index import (
     write_part_index,
 )
 from dynams_stream.ordered_map import ordered_thread_map
-from dynams_stream.store import Dataset, Store
+from dynams_stream.store import Store
 from pipeline.shard_list import expand_shards
 from pipeline.shard_scan import scan_shards, worker_count
 

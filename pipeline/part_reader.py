@@ -9,11 +9,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from dynams_stream import storage
+from dynams_stream.dataset import Part
 from dynams_stream.errors import SampleError, UsageError
 from dynams_stream.index import ShardIndex, read_part_index
-from dynams_stream.reading import open_shard
 from dynams_stream.scorer import Scorer
-from dynams_stream.store import Part, Store
+from dynams_stream.store import Store
 from pipeline.receipt import Clock
 from pipeline.score_table import Batch
 
@@ -46,7 +46,7 @@ def part_batches(
     for position, (url, recorded) in enumerate(zip(urls, fingerprints, strict=True)):
         shard = part.first_shard + position
         index = indexes[shard]
-        reader = open_shard(store, url, recorded)
+        reader = store.open_shard(url, recorded)
         first = 0
         while first < len(index):
             stop = min(len(index), first + space)

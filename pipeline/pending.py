@@ -11,9 +11,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from dynams_stream import schema, storage
+from dynams_stream.dataset import Dataset
 from dynams_stream.errors import ScoresIncompleteError
 from dynams_stream.ordered_map import ordered_thread_map
-from dynams_stream.store import Dataset, Store
+from dynams_stream.store import Store
 from pipeline.receipt import Receipt
 
 FOOTER_THREADS = 8

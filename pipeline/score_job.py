@@ -15,10 +15,11 @@ from distributed import Client, as_completed
 from distributed.scheduler import KilledWorker
 
 from dynams_stream.checkpoint import checkpoint_digest, checkpoint_epoch
+from dynams_stream.dataset import Dataset
 from dynams_stream.errors import DynamsError, ScoringError, ShardError
 from dynams_stream.index import read_shard_index
 from dynams_stream.scorer import ScorerSpec
-from dynams_stream.store import Dataset, Store
+from dynams_stream.store import Store
 from pipeline.cluster import dask_client, worker_threads
 from pipeline.cores import available_cores
 from pipeline.pending import finished_parts, scored_round

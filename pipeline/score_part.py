@@ -19,10 +19,11 @@ import torch
 
 from dynams_stream import schema, storage
 from dynams_stream.checkpoint import checkpoint_digest
+from dynams_stream.dataset import Part
 from dynams_stream.errors import CheckpointError, DynamsError, ScoringError
 from dynams_stream.ordered_map import ordered_thread_map
 from dynams_stream.scorer import Scorer, ScorerSpec
-from dynams_stream.store import Part, Store
+from dynams_stream.store import Store
 from pipeline.part_reader import Decoder, part_batches
 from pipeline.receipt import Clock, Receipt
 from pipeline.score_table import Batch, ScoreTable

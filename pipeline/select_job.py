@@ -9,10 +9,11 @@ from typing import Any
 
 from dynams_stream import schema
 from dynams_stream.cut import CutResult, ScorePart, exact_cut
+from dynams_stream.dataset import Dataset
 from dynams_stream.errors import RoundNotFoundError, ScoresIncompleteError, SelectionError
 from dynams_stream.ordered_map import ordered_thread_map
 from dynams_stream.selection import selected_count
-from dynams_stream.store import Dataset, Round, Store
+from dynams_stream.store import Round, Store
 from dynams_stream.strategy import Strategy
 from dynams_stream.version import library_version
 from pipeline.cores import available_cores

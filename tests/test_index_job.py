@@ -22,9 +22,10 @@ from sklearn.datasets import load_digits
 
 from builders import Entry, indexed_samples, plain_entries, tar_bytes, webdataset_samples
 from dynams_stream import schema, storage
+from dynams_stream.dataset import Dataset
 from dynams_stream.errors import BadShardsError, DynamsError, StoreError, UsageError
 from dynams_stream.index import assign_parts, read_part_index
-from dynams_stream.store import Dataset, Store
+from dynams_stream.store import Store
 from pipeline import index_job, shard_scan
 from pipeline.index_job import build_index, expand_shards
 from pipeline.shards import open_source, write_shards

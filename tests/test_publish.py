@@ -20,8 +20,9 @@ import pytest
 
 from dynams_stream import schema, storage
 from dynams_stream.cut import ScorePart, exact_cut
+from dynams_stream.dataset import Dataset
 from dynams_stream.errors import DynamsError, RoundExistsError
-from dynams_stream.store import Dataset, Round, Store
+from dynams_stream.store import Round, Store
 from dynams_stream.strategy import Strategy
 
 FORK = multiprocessing.get_context("fork")

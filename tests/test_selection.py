@@ -20,7 +20,8 @@ from hypothesis import strategies as st
 
 from dynams_stream import schema
 from dynams_stream.errors import StoreError, UsageError
-from dynams_stream.selection import Selection, selected_count, selection_writer
+from dynams_stream.selection import Selection, selected_count
+from dynams_stream.selection_file import selection_writer
 
 sorted_rows = st.lists(st.integers(0, 2**32 - 1), unique=True, max_size=8).map(sorted)
 parts_of_shards = st.lists(st.lists(sorted_rows, min_size=1, max_size=5), max_size=5)

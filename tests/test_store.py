@@ -16,8 +16,9 @@ import pyarrow.parquet as pq
 import pytest
 
 from dynams_stream import schema, storage
+from dynams_stream.dataset import Part
 from dynams_stream.errors import NotIndexedError, RoundExistsError, RoundNotFoundError, StoreError, UsageError
-from dynams_stream.store import Part, Store
+from dynams_stream.store import Store
 
 COUNTS = [3, 0, 2, 4]
 PARTS = [0, 0, 1, 1]
