@@ -168,12 +168,24 @@ def read_shard_index(url: str, shard: int) -> ShardIndex:
         StoreError: when the file is missing, is not a member index, or does not hold the shard.
     """
     with _open_index(url) as (file, layout):
-        if not layout.first <= shard < layout.first + layout.count:
-            raise StoreError(
-                f"{url}: holds shards {layout.first} to {layout.first + layout.count - 1}, not {shard}; "
-                f"index the dataset again"
-            )
+        layout.require(url, shard)
         return _shard_index(file.read_row_groups(layout.row_groups.get(shard, []), use_threads=False))
+
+
+def read_shard_rows(url: str, shard: int, first: int, stop: int) -> ShardIndex:
+    """Rows `first` to `stop` - 1 of one shard's index, fewer where the shard ends; reads their row groups only.
+
+    Raises:
+        StoreError: when the file is missing, is not a member index, or does not hold the shard.
+    """
+    with _open_index(url) as (file, layout):
+        layout.require(url, shard)
+        groups = layout.row_groups.get(shard, [])
+        starts = np.cumsum([0, *(layout.metadata.row_group(group).num_rows for group in groups)])
+        begin = int(np.searchsorted(starts, first, side="right")) - 1
+        end = int(np.searchsorted(starts, stop, side="left"))
+        table = file.read_row_groups(groups[begin:end], use_threads=False)
+        return _shard_index(table.slice(first - int(starts[begin]), stop - first))
 
 
 def read_part_index(url: str) -> dict[int, ShardIndex]:
@@ -201,6 +213,14 @@ class _Layout:
     count: int
     row_groups: Mapping[int, list[int]]
     rows: Mapping[int, int]
+
+    def require(self, url: str, shard: int) -> None:
+        """Raise a StoreError unless the file has `shard`."""
+        if not self.first <= shard < self.first + self.count:
+            raise StoreError(
+                f"{url}: holds shards {self.first} to {self.first + self.count - 1}, not {shard}; "
+                f"index the dataset again"
+            )
 
 
 @contextmanager
@@ -297,7 +317,7 @@ def write_index(
     ) as writer:
         for shard, index in enumerate(shards, first):
             if len(index):
-                writer.write_table(_table(shard, index), row_group_size=schema.ROW_GROUP_ROWS)
+                writer.write_table(_table(shard, index), row_group_size=schema.INDEX_GROUP_ROWS)
         writer.add_key_value_metadata({key.decode(): value.decode() for key, value in footer.items()})
 
 

@@ -1,16 +1,16 @@
 """Where the members of samples lie: the member index in memory, compact, piece by piece and bounded.
 
-    (shard, row) ──piece of the shard's index──► Found: offsets, spans, bounds, keys and kinds as arrays
+    (shard, row) ──piece of `INDEX_GROUP_ROWS` rows──► Found: offsets, spans, bounds, keys and kinds as arrays
 
-A piece is one row group of a shard in its part's file. Everything is done with array operations, piece by piece; what
-is kept holds no Python object for a sample.
+Looking up costs a few array operations for each piece, none for each sample, and what is kept holds no Python object
+for a sample: about 50 bytes and its key.
 """
 
 from __future__ import annotations
 
-import itertools
 from collections import OrderedDict
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Final
 
 import numpy as np
@@ -18,52 +18,48 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from dynams_stream.index import ShardIndex, read_shard_index
-from dynams_stream.store import Dataset, Store
+from dynams_stream.dataset import Dataset
+from dynams_stream.index import ShardIndex, read_shard_rows
+from dynams_stream.schema import INDEX_GROUP_ROWS
+from dynams_stream.store import Store
 
 Integers = npt.NDArray[np.int64]
 
 BUDGET: Final = 64 << 20
 """Bytes of pieces that are kept, unless told otherwise."""
+_BLOCK: Final = 512  # tar data begins at its multiples, which lets offsets up to 1 TiB fit in 32 bits
 _GAP_BYTES: Final = 64 << 10  # members further apart than headers explain are read one by one
+_KEY_START, _KEY_STOP, _KIND, _OFFSET, _SPAN, _MEMBER = range(6)
+_FIELDS: Final = 6
 
 
 @dataclass(frozen=True, eq=False)
 class Piece:
-    """The samples of one piece of a shard's index.
+    """Consecutive samples of one shard.
 
     Attributes:
         shard: number of the shard.
         first: row of its first sample.
         keys: all keys, one after another.
-        key_starts: int32, shape (rows + 1,), where each key starts in `keys`.
-        offsets: int64, shape (rows,), first byte of the first member.
-        spans: int32 or int64, shape (rows,), bytes from there to the end of the last member; of a scattered sample -1.
-        member_starts: int32, shape (rows + 1,), number of each sample's first member.
-        bounds: int32 or int64, shape (members, 2): where each member begins and ends in the bytes read for its sample.
+        table: int32 (int64 when a number needs it), shape (rows, 6): where the key starts and stops in `keys`, position
+            in `kinds`, first byte of the first member in blocks of 512, bytes from there to the end of the last member
+            (negative when they lie far apart), number of the first member.
+        bounds: int32 or int64, shape (members, 2): where each member begins and ends, counted from its sample's first
+            byte.
         kinds: the distinct tuples of extensions.
-        kind_of_row: int32, shape (rows,), position in `kinds`; None when there is one kind only.
-        scattered: by row, the (offset, size) of each member of a sample whose members lie far apart.
     """
 
     shard: int
     first: int
     keys: str
-    key_starts: npt.NDArray[np.int32]
-    offsets: npt.NDArray[np.int64]
-    spans: npt.NDArray[np.integer]
-    member_starts: npt.NDArray[np.int32]
+    table: npt.NDArray[np.integer]
     bounds: npt.NDArray[np.integer]
     kinds: tuple[tuple[str, ...], ...]
-    kind_of_row: npt.NDArray[np.int32] | None
-    scattered: dict[int, list[tuple[int, int]]]
 
     @property
     def nbytes(self) -> int:
         """About how much memory it takes."""
-        arrays = (self.key_starts, self.offsets, self.spans, self.member_starts, self.bounds)
-        kinds = 0 if self.kind_of_row is None else self.kind_of_row.nbytes
-        return len(self.keys) + sum(array.nbytes for array in arrays) + kinds + 200 * len(self.scattered) + 1000
+        return len(self.keys) + self.table.nbytes + self.bounds.nbytes + 1000
 
 
 @dataclass(frozen=True, eq=False)
@@ -73,27 +69,50 @@ class Found:
     Attributes:
         pieces: the pieces that hold them.
         piece: int64, shape (n,), position in `pieces`.
+        key_starts, key_stops: integers, shape (n,), where the key lies in the piece's `keys`.
         offsets: int64, shape (n,), first byte of the first member.
-        spans: int64, shape (n,), bytes up to the end of the last member; -1 when the members are to be read one by one
-            (`Piece.scattered`).
-        key_starts, key_stops: int64, shape (n,), where the key lies in the piece's `keys`.
+        spans: int64, shape (n,), bytes up to the end of the last member; negative when the members lie so far apart
+            that they are to be read one by one.
         kinds: the distinct tuples of extensions.
-        kind: int64, shape (n,), position in `kinds`.
+        kind: integers, shape (n,), position in `kinds`.
         lengths: int64, shape (n,), how many members.
-        bounds: int64, shape (m, 2), begin and end of each sample's members in the bytes read for it, one sample's after
-            another's.
+        bounds: integers, shape (m, 2), begin and end of each sample's members from its first byte on, one sample after
+            the other.
     """
 
     pieces: list[Piece]
     piece: Integers
+    key_starts: npt.NDArray[np.integer]
+    key_stops: npt.NDArray[np.integer]
     offsets: Integers
     spans: Integers
-    key_starts: Integers
-    key_stops: Integers
     kinds: list[tuple[str, ...]]
-    kind: Integers
+    kind: npt.NDArray[np.integer]
     lengths: Integers
-    bounds: Integers
+    bounds: npt.NDArray[np.integer]
+
+    def only(self, numbers: Integers) -> Found:
+        """The samples of these numbers, int64, ascending."""
+        starts = np.cumsum(self.lengths) - self.lengths
+        return Found(
+            pieces=self.pieces,
+            piece=self.piece[numbers],
+            key_starts=self.key_starts[numbers],
+            key_stops=self.key_stops[numbers],
+            offsets=self.offsets[numbers],
+            spans=self.spans[numbers],
+            kinds=self.kinds,
+            kind=self.kind[numbers],
+            lengths=self.lengths[numbers],
+            bounds=self.bounds[_members(starts[numbers], self.lengths[numbers])],
+        )
+
+    def sums(self, of_members: npt.NDArray[np.integer]) -> Integers:
+        """int64, shape (n,): the sum of what each sample's members have; of_members has shape (m,)."""
+        totals = np.concatenate([np.zeros(1, dtype=np.int64), np.cumsum(of_members)])
+        ends = np.cumsum(self.lengths)
+        sums: Integers = totals[ends] - totals[ends - self.lengths]
+        return sums
 
 
 class MemberTables:
@@ -102,7 +121,7 @@ class MemberTables:
     Args:
         store: where the index lies.
         dataset: the shards.
-        budget: bytes of pieces that may be kept; those of the samples that are being looked up are kept in any case.
+        budget: bytes of pieces that may be kept; those of the samples looked up last are kept in any case.
     """
 
     def __init__(self, store: Store, dataset: Dataset, *, budget: int = BUDGET):
@@ -122,11 +141,12 @@ class MemberTables:
         Raises:
             StoreError: when a part of the index is missing or damaged.
         """
-        order = np.argsort(shards, kind="stable")
-        cuts = [0, *(np.flatnonzero(np.diff(shards[order])) + 1).tolist(), len(shards)]
-        runs = [order[a:b] for a, b in itertools.pairwise(cuts) if a < b]
-        pieces = self._load([int(shards[run[0]]) for run in runs])
-        return _gathered(pieces, runs, rows)
+        names = (shards << 32) | (rows // INDEX_GROUP_ROWS)
+        order = np.argsort(names, kind="stable")
+        names = names[order]
+        cuts = [0, *(np.flatnonzero(names[1:] != names[:-1]) + 1).tolist(), len(names)]
+        wanted = names[cuts[:-1]].tolist() if len(names) else []
+        return _gathered(self._load(wanted), cuts, order, rows)
 
     def _load(self, names: list[int]) -> list[Piece]:
         for name in names:
@@ -137,38 +157,82 @@ class MemberTables:
         for name in names:
             piece = self._pieces.get(name)
             if piece is None:
-                part = self._dataset.parts[self._dataset.part_of_shard[name]]
-                piece = make_piece(name, 0, read_shard_index(self._store.path(part.index_file), name))
-                self._pieces[name] = piece
+                self._pieces[name] = piece = self._read(name)
                 self.held += piece.nbytes
                 while self.held > self.budget and next(iter(self._pieces)) not in wanted:
                     self.held -= self._pieces.popitem(last=False)[1].nbytes
             found.append(piece)
         return found
 
+    def _read(self, name: int) -> Piece:
+        shard, first = name >> 32, (name & 0xFFFFFFFF) * INDEX_GROUP_ROWS
+        part = self._dataset.parts[self._dataset.part_of_shard[shard]]
+        index = read_shard_rows(self._store.path(part.index_file), shard, first, first + INDEX_GROUP_ROWS)
+        return make_piece(shard, first, index)
 
-def _gathered(pieces: list[Piece], runs: list[Integers], rows: Integers) -> Found:
-    """The samples `rows`, of which `runs[i]` are in `pieces[i]`."""
-    count = len(rows)
-    numbers = np.empty((5, count), dtype=np.int64)
-    piece_of, offsets, spans, key_starts, key_stops = numbers
-    kind, lengths = np.zeros(count, dtype=np.int64), np.empty(count, dtype=np.int64)
+
+def _gathered(pieces: list[Piece], cuts: list[int], order: Integers, rows: Integers) -> Found:
+    """The samples `rows`, of which those numbered `order[cuts[i]:cuts[i + 1]]` are in `pieces[i]`."""
     kinds: dict[tuple[str, ...], int] = {}
-    firsts = np.empty(count, dtype=np.int64)
-    for number, (piece, run) in enumerate(zip(pieces, runs, strict=True)):
-        own = rows[run] - piece.first
-        piece_of[run] = number
-        offsets[run], spans[run] = piece.offsets[own], piece.spans[own]
-        key_starts[run], key_stops[run] = piece.key_starts[own], piece.key_starts[own + 1]
-        firsts[run] = first = piece.member_starts[own]
-        lengths[run] = piece.member_starts[own + 1] - first
-        names = [kinds.setdefault(each, len(kinds)) for each in piece.kinds]
-        kind[run] = names[0] if piece.kind_of_row is None else np.array(names)[piece.kind_of_row[own]]
+    for piece in pieces:
+        for kind in piece.kinds:
+            kinds.setdefault(kind, len(kinds))
+    back = np.empty(len(order), dtype=np.int64)
+    back[order] = np.arange(len(order))
+    ordered = rows[order]
+    runs = [ordered[start:stop] - piece.first for piece, (start, stop) in zip(pieces, pairwise(cuts), strict=True)]
+    table = _taken([piece.table for piece in pieces], runs, cuts, _FIELDS)
+    if len(kinds) > 1:
+        for piece, (start, stop) in zip(pieces, pairwise(cuts), strict=True):
+            names = np.array([kinds[kind] for kind in piece.kinds])
+            table[start:stop, _KIND] = names[table[start:stop, _KIND]]
+    table = table[back]
+    if len(kinds) == 1:
+        width = len(next(iter(kinds)))
+        lengths = np.full(len(rows), width, dtype=np.int64)
+        tables = [piece.bounds.reshape(len(piece.table), 2 * width) for piece in pieces]
+        bounds = _taken(tables, runs, cuts, 2 * width)[back].reshape(-1, 2)
+    else:
+        lengths = np.array([len(kind) for kind in kinds], dtype=np.int64)[table[:, _KIND]]
+        bounds = _ragged_bounds(pieces, cuts, order, table[:, _MEMBER].astype(np.int64), lengths)
+    return Found(
+        pieces=pieces,
+        piece=np.repeat(np.arange(len(pieces)), np.diff(cuts))[back],
+        key_starts=table[:, _KEY_START],
+        key_stops=table[:, _KEY_STOP],
+        offsets=table[:, _OFFSET].astype(np.int64) * _BLOCK,
+        spans=table[:, _SPAN].astype(np.int64),
+        kinds=list(kinds),
+        kind=table[:, _KIND],
+        lengths=lengths,
+        bounds=bounds,
+    )
+
+
+def _taken(
+    tables: list[npt.NDArray[np.integer]], runs: list[Integers], cuts: list[int], width: int
+) -> npt.NDArray[np.integer]:
+    """The rows `runs[i]` of each table, one after another."""
+    kind = np.result_type(np.int32, *tables)
+    taken: npt.NDArray[np.integer] = np.empty((cuts[-1], width), dtype=kind)
+    for table, run, (start, stop) in zip(tables, runs, pairwise(cuts), strict=True):
+        if table.dtype == kind:
+            np.take(table, run, axis=0, out=taken[start:stop], mode="clip")  # else it would make a copy first
+        else:
+            taken[start:stop] = table[run]
+    return taken
+
+
+def _ragged_bounds(
+    pieces: list[Piece], cuts: list[int], order: Integers, firsts: Integers, lengths: Integers
+) -> Integers:
+    """The bounds of samples that differ in how many members they have; `firsts` numbers each one's first member."""
     starts = np.cumsum(lengths) - lengths
     bounds = np.empty((int(lengths.sum()), 2), dtype=np.int64)
-    for piece, run in zip(pieces, runs, strict=True):
+    for piece, (start, stop) in zip(pieces, pairwise(cuts), strict=True):
+        run = order[start:stop]
         bounds[_members(starts[run], lengths[run])] = piece.bounds[_members(firsts[run], lengths[run])]
-    return Found(pieces, piece_of, offsets, spans, key_starts, key_stops, list(kinds), kind, lengths, bounds)
+    return bounds
 
 
 def _members(firsts: Integers, lengths: Integers) -> Integers:
@@ -190,27 +254,16 @@ def make_piece(shard: int, first: int, index: ShardIndex) -> Piece:
     spans = index.offsets[lasts] + sizes[lasts] - offsets
     begins = index.offsets - np.repeat(offsets, counts)
     far_apart = spans - np.add.reduceat(sizes, firsts) > _GAP_BYTES * counts if len(counts) else counts > 0
-    scattered: dict[int, list[tuple[int, int]]] = {}
-    for row in np.flatnonzero(far_apart).tolist():
-        members = slice(starts[row], starts[row + 1])
-        scattered[first + row] = list(zip(index.offsets[members].tolist(), sizes[members].tolist(), strict=True))
-        spans[row] = -1
-        begins[members] = np.cumsum(sizes[members]) - sizes[members]
     kinds, kind_of_row = _kinds(index)
     keys, key_starts = _joined(index.keys)
-    return Piece(
-        shard=shard,
-        first=first,
-        keys=keys,
-        key_starts=key_starts,
-        offsets=offsets,
-        spans=_narrow(spans),
-        member_starts=starts.astype(np.int32),
-        bounds=_narrow(np.stack([begins, begins + sizes], axis=1)),
-        kinds=kinds,
-        kind_of_row=kind_of_row,
-        scattered=scattered,
-    )
+    table = np.empty((len(counts), _FIELDS), dtype=np.int64)
+    table[:, _KEY_START], table[:, _KEY_STOP] = key_starts[:-1], key_starts[1:]
+    table[:, _KIND] = kind_of_row
+    table[:, _OFFSET] = offsets // _BLOCK
+    table[:, _SPAN] = np.where(far_apart, -1, spans)
+    table[:, _MEMBER] = firsts
+    bounds = np.stack([begins, begins + sizes], axis=1)
+    return Piece(shard, first, keys, _narrow(table), _narrow(bounds), kinds)
 
 
 def _narrow(values: npt.NDArray[np.int64]) -> npt.NDArray[np.integer]:
@@ -230,8 +283,8 @@ def _joined(keys: pa.StringArray) -> tuple[str, npt.NDArray[np.int32]]:
     return text, np.concatenate([np.zeros(1, np.int32), np.cumsum(lengths, dtype=np.int32)])
 
 
-def _kinds(index: ShardIndex) -> tuple[tuple[tuple[str, ...], ...], npt.NDArray[np.int32] | None]:
-    """The distinct tuples of extensions, and which one each row has (None: all the first)."""
+def _kinds(index: ShardIndex) -> tuple[tuple[tuple[str, ...], ...], npt.NDArray[np.int64]]:
+    """The distinct tuples of extensions, and which one each row has."""
     codes, starts = index.extension_codes, index.starts
     rows = len(starts) - 1
     width = int(starts[1]) if rows else 0
@@ -240,11 +293,10 @@ def _kinds(index: ShardIndex) -> tuple[tuple[tuple[str, ...], ...], npt.NDArray[
         and (np.diff(starts) == width).all()
         and (codes.reshape(rows, width) == codes[:width]).all()
     ):
-        return (tuple(index.extensions[code] for code in codes[:width]),), None
+        return (tuple(index.extensions[code] for code in codes[:width]),), np.zeros(rows, dtype=np.int64)
     numbers: dict[bytes, int] = {}
-    bounds = starts.tolist()
     kind_of_row = [
-        numbers.setdefault(codes[first:stop].tobytes(), len(numbers)) for first, stop in itertools.pairwise(bounds)
+        numbers.setdefault(codes[first:stop].tobytes(), len(numbers)) for first, stop in pairwise(starts.tolist())
     ]
     kinds = tuple(tuple(index.extensions[code] for code in np.frombuffer(name, codes.dtype)) for name in numbers)
-    return kinds, np.array(kind_of_row, dtype=np.int32)
+    return kinds, np.array(kind_of_row, dtype=np.int64)

@@ -93,6 +93,7 @@ class EpochOrder:
         seed: any non-negative integer.
         epoch: 0, 1, …
         lanes: number of lanes L; None for `default_lanes`.
+        window: items of a lane that are shuffled together, W; None for `window_length`.
         shuffle: False gives (shard, row) order: one lane, no windows.
 
     Any position can be asked for in constant time. Memory: two numbers per shard, and the permutations of the windows
@@ -106,6 +107,7 @@ class EpochOrder:
         seed: int = 0,
         epoch: int = 0,
         lanes: int | None = None,
+        window: int | None = None,
         shuffle: bool = True,
     ):
         shards = len(counts)
@@ -113,6 +115,8 @@ class EpochOrder:
         self.shuffle = shuffle
         self.lanes = 1 if not shuffle else default_lanes(self.total) if lanes is None else lanes
         self.window = window_length(self.total, self.lanes)
+        if window is not None:
+            self.window = max(1, min(window, _ceiling(self.total, self.lanes)))
         self._shards: Integers = np.arange(shards, dtype=np.int64)
         if shuffle and shards:
             key = np.array([_key(seed, epoch, _SHARD_STREAM)], dtype=np.uint64)

@@ -19,7 +19,7 @@ from dynams_stream.order import rank_length, worker_length
 
 State = dict[str, Any]
 
-STATE_VERSION: Final = 1
+STATE_VERSION: Final = 2
 EVERYTHING: Final = 0
 """The round number that stands for no round: all samples of the dataset."""
 
@@ -32,11 +32,12 @@ class Place(NamedTuple):
         epoch: 0, 1, …
         round: number of the round, or `EVERYTHING`.
         version: the dataset version.
-        lanes: number of lanes; 0 for the default.
+        lanes, window: number of lanes, and how many items of each are shuffled together; 0 for the defaults.
         loaded: 1 when it comes from a state, and `start` and the round are to be kept until an iteration has begun.
         start: global position to start at.
         steps: batches that each rank had consumed before `start`.
         chosen: 1 when set_epoch chose the epoch.
+        check: digest of what the main process read of the round; a worker has to read the same.
     """
 
     serial: int = 0
@@ -44,10 +45,12 @@ class Place(NamedTuple):
     round: int = EVERYTHING
     version: int = 0
     lanes: int = 0
+    window: int = 0
     loaded: int = 0
     start: int = 0
     steps: int = 0
     chosen: int = 0
+    check: int = 0
 
     def from_the_beginning(self) -> Place:
         """The same epoch from its first sample on."""
@@ -68,8 +71,11 @@ _WRITES: Final = 0  # odd while a place is being written
 _PLACE: Final = slice(1, 1 + _FIELDS)
 _CLAIM: Final = slice(1 + _FIELDS, 3 + _FIELDS)  # serial and iteration that claimed a loaded position
 _BEGUN: Final = slice(3 + _FIELDS, 7 + _FIELDS)
-_SLOTS: Final = 7 + _FIELDS  # for each worker id, the serial whose position it has taken
 _MOST_WORKERS: Final = 1024
+_SLOTS: Final = 7 + _FIELDS  # for each worker id, the serial whose position it has taken
+_SKIPS: Final = _SLOTS + _MOST_WORKERS  # for each worker id, the iteration in which it has skipped samples
+_SKIPPED: Final = _SKIPS + _MOST_WORKERS  # and how many
+_ALL: Final = _SKIPPED + _MOST_WORKERS
 _MAIN: Final = -1
 
 
@@ -81,10 +87,8 @@ class Control:
 
     def __init__(self) -> None:
         self.place = Place()
-        self._shared = _shared(torch.zeros(_SLOTS + _MOST_WORKERS, dtype=torch.int64))
-        self._shared[_CLAIM] = -1
-        self._shared[_BEGUN] = -1
-        self._shared[_SLOTS:] = -1
+        self._shared = _shared(torch.full((_ALL,), -1, dtype=torch.int64))
+        self._shared[: _CLAIM.start] = 0
         self._owner = os.getpid()
         self._began_in = 0  # process in which this copy began an iteration, as a worker
 
@@ -105,6 +109,11 @@ class Control:
         else:
             inherited = self._began_in != os.getpid()
             self._began_in = os.getpid()
+            if not inherited and not _is_shared(self._shared):
+                raise StateError(
+                    "this worker has a copy of the dataset that set_epoch does not reach, and would stream its first "
+                    "epoch again: give the DataLoader the dataset itself, or persistent_workers=False"
+                )
             place = self.place if inherited else self._read()
             iteration, slot = worker.seed - worker.id, worker.id % _MOST_WORKERS
         if place.loaded and not self._claim(place.serial, iteration, slot):
@@ -122,6 +131,21 @@ class Control:
         self._own()
         begun = Begun(*self._shared[_BEGUN].tolist())
         return begun if begun.serial == self.place.serial else None
+
+    def count_skip(self, skipped: int) -> int:
+        """Note that this process has skipped `skipped` samples in its iteration.
+
+        Returns:
+            How many all workers of the iteration have skipped.
+        """
+        worker = get_worker_info()
+        if worker is None:
+            return skipped
+        iteration, slot = worker.seed - worker.id, worker.id % _MOST_WORKERS
+        self._shared[_SKIPPED + slot] = skipped
+        self._shared[_SKIPS + slot] = iteration
+        same = self._shared[_SKIPS:_SKIPPED] == iteration
+        return int(self._shared[_SKIPPED:][same].sum())
 
     def holds_position(self) -> bool:
         """Whether a position was loaded that no iteration has claimed yet."""
@@ -157,6 +181,10 @@ class Control:
         if self._owner != os.getpid() and get_worker_info() is None:
             self._shared = _shared(self._shared.clone())
             self._owner = os.getpid()
+
+
+def _is_shared(tensor: torch.Tensor) -> bool:
+    return bool(tensor.is_shared())  # type: ignore[no-untyped-call]
 
 
 def _shared(tensor: torch.Tensor) -> torch.Tensor:
@@ -259,6 +287,6 @@ def global_state(loader_state: Mapping[str, Any]) -> State:
 
 
 _GLOBAL_FIELDS: Final = (
-    *("version", "algorithm", "epoch", "round", "samples", "steps", "batch", "seed", "lanes", "shuffle"),
+    *("version", "algorithm", "epoch", "round", "samples", "steps", "batch", "seed", "lanes", "window", "shuffle"),
     *("selection", "dataset"),
 )

@@ -1,11 +1,7 @@
-"""Which byte ranges to ask an object store for: pure planning, linear in the number of samples.
+"""Which byte ranges to ask for: pure planning, linear in the number of samples.
 
-    wanted   ▓▓░▓▓▓░░░░░░░░░░▓▓░▓      bytes of one shard; ▓ belongs to a wanted sample
-    ranges   [────]          [──]      neighbours are asked for together when the gap between them is small
-
-Over-reading a gap costs gap / bandwidth seconds; a request of its own costs one of the `in_flight` places for `latency`
-seconds, that is latency / in_flight of the whole. So ranges are merged over gaps of up to
-latency · bandwidth / in_flight bytes (`CostModel.gap`).
+wanted   ▓▓░▓▓▓░░░░░░░░░░▓▓░▓      bytes of one shard; ▓ belongs to a wanted sample
+ranges   [────]          [──]      neighbours are asked for together when the gap between them is small
 """
 
 from __future__ import annotations
@@ -15,34 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from dynams_stream.errors import UsageError
-
 Integers = npt.NDArray[np.int64]
-
-
-@dataclass(frozen=True)
-class CostModel:
-    """What requests and bytes cost one process.
-
-    Attributes:
-        latency: seconds until the first byte of an answer.
-        bandwidth: bytes a second that the process can receive in all.
-        in_flight: requests under way at a time.
-    """
-
-    latency: float = 0.03
-    bandwidth: float = 500e6
-    in_flight: int = 64
-
-    def __post_init__(self) -> None:
-        for name, value in (("latency", self.latency), ("bandwidth", self.bandwidth), ("in_flight", self.in_flight)):
-            if not value > 0:
-                raise UsageError(f"{name} has to be above 0; got {value!r}")
-
-    @property
-    def gap(self) -> int:
-        """The largest gap, in bytes, that is cheaper to read than to leave out."""
-        return int(self.latency * self.bandwidth / self.in_flight)
 
 
 @dataclass(frozen=True, eq=False)

@@ -1,8 +1,8 @@
-"""Reads samples by byte range: which bytes of which shards, one positioned read each, then cut into members.
+"""Reads samples by byte range: which bytes of which shards, read, then cut into members.
 
-    (shard, index into its selected rows) ──member table──► Chunk: offsets, sizes, bounds ──pread──► {"__key__", …}
+    (shard, index into its selected rows) ──MemberTables──► Chunk: offsets, spans, bounds ──bytes──► {"__key__", …}
 
-A chunk of samples is looked up with array operations (`members`); only the read, the cutting and the dict are done
+A chunk of samples is looked up and announced with array operations; only the read, the cutting and the dict are done
 sample by sample. A chunk keeps flat lists of integers: a tuple or two for each sample would make Python's garbage
 collector the largest cost. A reader belongs to one process: it holds open files and pieces of the member index, both
 bounded, and grows with no epoch.
@@ -10,44 +10,47 @@ bounded, and grows with no epoch.
 
 from __future__ import annotations
 
-import itertools
-import resource
-from collections import OrderedDict
+import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, Final, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
 from dynams_stream import storage
-from dynams_stream.errors import ShardChangedError, StoreError
-from dynams_stream.members import Found, MemberTables, Piece
+from dynams_stream.dataset import Dataset
+from dynams_stream.errors import ShardUnreadableError, StoreError
+from dynams_stream.local_shards import LocalShards
+from dynams_stream.members import Found, MemberTables
+from dynams_stream.remote_options import RemoteOptions
+from dynams_stream.remote_shards import Plan, RemoteShards, Wanted
+from dynams_stream.sample_cache import SampleCache
 from dynams_stream.selection import Selection
-from dynams_stream.store import Dataset, Store
+from dynams_stream.store import Store
 
 Sample = dict[str, Any]
 Integers = npt.NDArray[np.int64]
 
-_MOST_OPEN = 1024
+_CHUNK: Final = 2048
+_ONE_READ: Final = 48 << 10  # bytes; the members of a longer sample are read one by one, which saves copying them
 
 
 class Shared(NamedTuple):
-    """What all samples of one piece share: its shard, `__url__` (and `__local_path__` of a file), keys, the piece."""
+    """What samples of one piece of the index share: shard, `__url__` (`__local_path__` too of a file), all keys."""
 
     shard: int
     head: Sample
     keys: str
-    table: Piece
 
 
 class Place(NamedTuple):
     """Where one sample lies, and what it becomes.
 
     Attributes:
-        shared: its shard and its piece of the index.
+        shared: its shard and all keys.
         offset: first byte of its first member.
-        size: bytes up to the end of its last member; -1 when its members are read one by one.
+        span: bytes up to the end of its last member; negative when they lie far apart.
         key_start, key_stop: where its key is among the piece's.
         row: 0-based position in the shard.
         names: its extensions.
@@ -55,7 +58,7 @@ class Place(NamedTuple):
 
     shared: Shared
     offset: int
-    size: int
+    span: int
     key_start: int
     key_stop: int
     row: int
@@ -78,13 +81,22 @@ class Chunk:
 
     Attributes:
         columns: the seven lists.
-        bounds: for each member of each sample where it begins and ends in the bytes read, one after another.
+        bounds: for each member of each sample where it begins and ends, from the sample's first byte on, one after
+            another.
         extras: further entries (`__weight__`, `__pad__`) by number in the chunk; empty when there are none.
+        costs: int64, shape (n, 3): bytes of each sample's members, and bytes and reads that they take in a local file.
+        plan: what is fetched for it from object stores.
     """
 
     columns: tuple[list[Any], ...]
     bounds: list[int]
     extras: dict[int, Sample]
+    costs: Integers
+    plan: Plan | None = None
+
+    def __len__(self) -> int:
+        """How many samples it has."""
+        return len(self.columns[0])
 
     def place(self, number: int) -> Place:
         """Sample `number` of the chunk."""
@@ -92,7 +104,12 @@ class Chunk:
 
     def bounds_from(self, number: int) -> Iterator[int]:
         """The bounds of sample `number` and those after it."""
-        return iter(self.bounds[2 * sum(map(len, self.columns[-1][:number])) :])
+        return iter(self.bounds[2 * sum(map(len, self.columns[-1][:number])) :] if number else self.bounds)
+
+    def forget(self) -> None:
+        """Fetch nothing more for it."""
+        if self.plan is not None:
+            self.plan.forget()
 
 
 class SampleReader:
@@ -101,51 +118,118 @@ class SampleReader:
     Args:
         store: where the index lies, and how shards have moved.
         dataset: the shards.
+        remote: what requests to object stores may cost.
+        cache: keeps samples of remote shards on this machine.
+        count: told how much was read, by the names of `Stats`.
     """
 
-    def __init__(self, store: Store, dataset: Dataset):
+    def __init__(
+        self,
+        store: Store,
+        dataset: Dataset,
+        *,
+        remote: RemoteOptions | None = None,
+        cache: SampleCache | None = None,
+        count: Callable[..., None] = lambda **_: None,
+    ):
         self._store = store
         self._dataset = dataset
+        self._count = count
+        self._options = remote or RemoteOptions()
+        self._cache = cache
         self.tables = MemberTables(store, dataset)
-        self._readers: OrderedDict[int, storage.LocalReader | storage.RemoteReader] = OrderedDict()
-        self._most_open = min(_MOST_OPEN, max(16, resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 2))
-        self._preads: dict[int, Callable[[int, int], bytes]] = {}
-        self._wanted: set[int] = set()
+        self._local = LocalShards(store, dataset)
+        self._is_remote = np.array([not storage.is_local(store.shard_url(url)) for url in dataset.urls], dtype=np.bool_)
+        self._remote: RemoteShards | None = None
+        if self._is_remote.any():
+            self._remote = RemoteShards(store, dataset, self._options, cache, count)
+
+    @property
+    def fetches(self) -> bool:
+        """Whether chunks should be begun before they are read, since their bytes have a long way."""
+        return self._remote is not None
+
+    @property
+    def shares(self) -> bool:
+        """Whether workers of a rank can share what they fetch."""
+        return self._remote is not None and self._cache is not None
+
+    def chunk_length(self, wanted: int) -> int:
+        """How many samples should be looked up at a time; two chunks of remote samples fit the bytes read ahead."""
+        if self._remote is None:
+            return max(_CHUNK, wanted)
+        mean = int(self._dataset.sizes.sum()) // max(1, self._dataset.samples)
+        return max(1, self._options.read_ahead // 2 // max(1, mean))
+
+    # ---- looking up --------------------------------------------------------------------------------------------------
 
     def look_up(
-        self, shards: Integers, places: Integers, selection: Selection, padded: npt.NDArray[np.bool_] | None = None
+        self,
+        shards: Integers,
+        places: Integers,
+        selection: Selection,
+        *,
+        padded: npt.NDArray[np.bool_] | None = None,
+        workers: Integers | None = None,
+        worker: int = 0,
     ) -> Chunk:
-        """Find samples in the index.
+        """Find samples in the index, and have those of object stores fetched.
 
         Args:
             shards: int64, shape (n,), shard numbers.
             places: int64, shape (n,), indices into each shard's selected rows.
             selection: the selected rows.
             padded: bool, shape (n,), which ones to mark `__pad__`.
+            workers: int64, shape (n,), which worker of the rank needs each, when they share what they fetch; by default
+                all are for this one.
+            worker: which of them this one is.
 
         Returns:
-            The n samples in the same order.
+            The samples of this worker, in the same order.
 
         Raises:
             StoreError: when the selection names a row that the index does not have.
         """
-        order = np.argsort(shards, kind="stable")
-        cuts = [0, *(np.flatnonzero(np.diff(shards[order])) + 1).tolist(), len(shards)]
-        runs = [(int(shards[order[a]]), order[a:b]) for a, b in itertools.pairwise(cuts) if a < b]
-        self._want([shard for shard, _ in runs])
-        rows = np.empty(len(shards), dtype=np.int64)
-        for shard, run in runs:
-            rows[run] = self._rows(shard, places[run], selection)
+        rows = self._rows(shards, places, selection)
         found = self.tables.find(shards, rows)
+        plan = self._announce(shards, found, workers, worker)
+        if workers is not None:
+            own = np.flatnonzero(workers == worker)
+            shards, places, rows, found = shards[own], places[own], rows[own], found.only(own)
+            padded = None if padded is None else padded[own]
         return Chunk(
             columns=self._columns(found, rows),
             bounds=found.bounds.ravel().tolist(),
-            extras=self._extras(runs, places, selection, padded),
+            extras=self._extras(shards, places, selection, padded),
+            costs=_costs(found),
+            plan=plan,
         )
+
+    def _rows(self, shards: Integers, places: Integers, selection: Selection) -> Integers:
+        rows = selection.rows_at(shards, places)
+        wrong = np.flatnonzero(rows >= self._dataset.counts[shards])
+        if len(wrong):
+            shard = int(shards[wrong[0]])
+            raise StoreError(
+                f"the selection names row {rows[wrong[0]]} of {self._dataset.urls[shard]}, "
+                f"which has {self._dataset.counts[shard]} samples; select again"
+            )
+        return rows
+
+    def _announce(self, shards: Integers, found: Found, workers: Integers | None, worker: int) -> Plan | None:
+        if self._remote is None:
+            self._local.begin_chunk(shards, found.offsets, np.maximum(found.spans, 0))
+            return None
+        number, offsets, sizes = _spans(found)
+        remote = self._is_remote[shards[number]]
+        remote &= sizes > 0
+        number, offsets, sizes = number[remote], offsets[remote], sizes[remote]
+        whose = np.full(len(number), worker, dtype=np.int64) if workers is None else workers[number]
+        return self._remote.plan(Wanted(shards[number], offsets, sizes, whose), worker)
 
     def _columns(self, found: Found, rows: Integers) -> tuple[list[Any], ...]:
         """The fields of `Place`, a list of each."""
-        shared = [Shared(piece.shard, self._head(piece.shard), piece.keys, piece) for piece in found.pieces]
+        shared = [Shared(piece.shard, self._head(piece.shard), piece.keys) for piece in found.pieces]
         kinds = found.kinds
         return (
             list(map(shared.__getitem__, found.piece.tolist())),
@@ -157,112 +241,117 @@ class SampleReader:
             kinds * len(rows) if len(kinds) == 1 else [kinds[i] for i in found.kind.tolist()],
         )
 
-    def read(self, place: tuple[Any, ...], bounds: Iterator[int]) -> Sample:
-        """One sample as `webdataset.WebDataset` yields it, and its row.
-
-        Args:
-            place: a `Place`, or a plain tuple of its fields.
-            bounds: gives begin and end of each of its members next.
-
-        Raises:
-            ShardMissingError, ShardChangedError: when the shard is gone, or not what was indexed.
-        """
-        (shard, head, keys, table), offset, size, key_start, key_stop, row, names = place
-        pread = self._preads.get(shard) or self._open(shard)
-        data = pread(offset, size) if size >= 0 else _gather(table.scattered[row], pread)
-        sample: Sample = {"__key__": keys[key_start:key_stop], **head}
-        for name, begin, end in zip(names, bounds, bounds):  # noqa: B905 (bounds go on with the next sample's)
-            sample[name] = data[begin:end]
-        sample["__row__"] = row
-        return sample
-
-    def close(self) -> None:
-        """Give all file handles back; they are opened again when they are needed."""
-        self._preads.clear()
-        while self._readers:
-            self._readers.popitem()[1].close()
-
-    # ---- which rows --------------------------------------------------------------------------------------------------
-
-    def _rows(self, shard: int, places: Integers, selection: Selection) -> Integers:
-        selected = selection.rows(shard)
-        if len(selected) and int(selected[-1]) >= self._dataset.counts[shard]:
-            raise StoreError(
-                f"the selection names row {selected[-1]} of {self._dataset.urls[shard]}, "
-                f"which has {self._dataset.counts[shard]} samples; select again"
-            )
-        return selected[places].astype(np.int64)
-
-    def _extras(
-        self,
-        runs: list[tuple[int, Integers]],
-        places: Integers,
-        selection: Selection,
-        padded: npt.NDArray[np.bool_] | None,
-    ) -> dict[int, Sample]:
-        extras: dict[int, Sample] = {}
-        for shard, run in runs:
-            weights = selection.weights(shard)
-            if weights is None:
-                break  # either all shards have weights or none
-            for number, weight in zip(run.tolist(), weights[places[run]].tolist(), strict=True):
-                extras[number] = {"__weight__": weight}
-        if padded is not None:
-            for number in np.flatnonzero(padded).tolist():
-                extras[number] = {**extras.get(number, {}), "__pad__": True}
-        return extras
-
     def _head(self, shard: int) -> Sample:
         url = self._dataset.urls[shard]
         path = self._store.shard_url(url)
         return {"__url__": url, "__local_path__": path} if storage.is_local(path) else {"__url__": url}
 
-    # ---- open shards -------------------------------------------------------------------------------------------------
+    @staticmethod
+    def _extras(
+        shards: Integers, places: Integers, selection: Selection, padded: npt.NDArray[np.bool_] | None
+    ) -> dict[int, Sample]:
+        extras: dict[int, Sample] = {}
+        weights = selection.weights_at(shards, places)
+        if weights is not None:
+            extras = {number: {"__weight__": weight} for number, weight in enumerate(weights.tolist())}
+        if padded is not None:
+            for number in np.flatnonzero(padded).tolist():
+                extras[number] = {**extras.get(number, {}), "__pad__": True}
+        return extras
 
-    def _want(self, shards: list[int]) -> None:
-        """Shards of the coming chunk: the others are closed first."""
-        self._wanted = set(shards)
-        for shard in shards:
-            if shard in self._readers:
-                self._readers.move_to_end(shard)
+    # ---- reading -----------------------------------------------------------------------------------------------------
 
-    def _open(self, shard: int) -> Callable[[int, int], bytes]:
-        while len(self._readers) >= self._most_open:
-            # A chunk goes round its shards again and again: when they are too many, closing the newest keeps the rest.
-            oldest = next(iter(self._readers))
-            closed, reader = self._readers.popitem(last=oldest in self._wanted)
-            del self._preads[closed]
-            reader.close()
-        reader = open_shard(self._store, self._dataset.urls[shard], self._dataset.fingerprints[shard])
-        self._readers[shard] = reader
-        self._preads[shard] = reader.pread
-        return reader.pread
+    def samples(self, chunk: Chunk, first: int = 0) -> Iterator[Sample]:
+        """The samples of a chunk from number `first` on, as `webdataset.WebDataset` yields them, with their rows.
+
+        Raises:
+            ShardMissingError, ShardChangedError: when a shard is gone, or not what was indexed.
+            ShardUnreadableError: when its bytes cannot be had.
+        """
+        columns = [column[first:] for column in chunk.columns] if first else chunk.columns
+        places = zip(*columns, strict=True)
+        return (self._from_anywhere if self._remote is not None else self._from_files)(chunk, places, first)
+
+    def _from_files(self, chunk: Chunk, places: Iterator[tuple[Any, ...]], first: int) -> Iterator[Sample]:
+        """Samples of local shards; what is done here is done for each sample, so it is little."""
+        pread, descriptor_of, local = os.pread, self._local.descriptors.get, self._local
+        bounds = chunk.bounds_from(first)
+        for (shard, head, keys), offset, span, key_start, key_stop, row, names in places:
+            descriptor = descriptor_of(shard)
+            if descriptor is None:
+                descriptor = local.open(shard)
+            sample: Sample = {"__key__": keys[key_start:key_stop], **head}
+            if 0 <= span <= _ONE_READ:
+                try:
+                    data = pread(descriptor, span, offset)
+                except OSError as error:
+                    raise _unreadable(head["__url__"], offset, span, error) from error
+                if len(data) != span:
+                    data = local.pread(shard, offset, span)
+                for name, begin, end in zip(names, bounds, bounds):  # noqa: B905 (they go on with the next sample's)
+                    sample[name] = data[begin:end]
+            else:
+                for name, begin, end in zip(names, bounds, bounds):  # noqa: B905
+                    sample[name] = local.pread(shard, offset + begin, end - begin)
+            sample["__row__"] = row
+            yield sample
+
+    def _from_anywhere(self, chunk: Chunk, places: Iterator[tuple[Any, ...]], first: int) -> Iterator[Sample]:
+        """Samples of remote shards, among which there may be local ones."""
+        assert self._remote is not None
+        remote, plan = self._remote, chunk.plan
+        bounds = chunk.bounds_from(first)
+        for (shard, head, keys), offset, span, key_start, key_stop, row, names in places:
+            sample: Sample = {"__key__": keys[key_start:key_stop], **head}
+            is_remote = self._is_remote[shard]
+            data = remote.pread(shard, offset, span, plan) if is_remote and span > 0 else b""
+            for name, begin, end in zip(names, bounds, bounds):  # noqa: B905 (they go on with the next sample's)
+                if not is_remote:
+                    sample[name] = self._local.pread(shard, offset + begin, end - begin)
+                elif span >= 0:
+                    sample[name] = data[begin:end]
+                else:
+                    sample[name] = remote.pread(shard, offset + begin, end - begin, plan) if end > begin else b""
+            sample["__row__"] = row
+            yield sample
+
+    def account(self, chunk: Chunk, read: int) -> None:
+        """Count the first `read` samples of a chunk, which have been read."""
+        used, from_files, reads = chunk.costs[:read].sum(axis=0).tolist()
+        if self._remote is not None:
+            self._count(samples=read, bytes_used=used, wait_seconds=self._remote.take_waited())
+        else:
+            self._count(samples=read, bytes_used=used, bytes_read=from_files, requests=reads)
+
+    def close(self) -> None:
+        """Give all file handles back; they are opened again when they are needed."""
+        self._local.close()
+        if self._remote is not None:
+            self._remote.close()
 
 
-def _gather(members: list[tuple[int, int]], pread: Callable[[int, int], bytes]) -> bytes:
-    return b"".join(pread(offset, size) for offset, size in members)
+def _spans(found: Found) -> tuple[Integers, Integers, Integers]:
+    """Sample number, offset and size of what is read at once: whole samples, or members that lie far apart."""
+    number = np.arange(len(found.spans), dtype=np.int64)
+    if (found.spans >= 0).all():
+        return number, found.offsets, found.spans
+    owners = np.repeat(number, found.lengths)
+    apart = found.spans[owners] < 0
+    sizes = found.bounds[:, 1] - found.bounds[:, 0]
+    members = np.flatnonzero(apart)
+    whole = number[found.spans >= 0]
+    numbers = np.concatenate([whole, owners[members]])
+    offsets = np.concatenate([found.offsets[whole], found.offsets[owners[members]] + found.bounds[members, 0]])
+    order = np.argsort(numbers, kind="stable")
+    return numbers[order], offsets[order], np.concatenate([found.spans[whole], sizes[members]])[order]
 
 
-def open_shard(store: Store, url: str, fingerprint: str) -> storage.LocalReader | storage.RemoteReader:
-    """Open a shard and make sure that it holds the bytes that were indexed.
+def _costs(found: Found) -> Integers:
+    used = found.sums(found.bounds[:, 1] - found.bounds[:, 0])
+    at_once = (found.spans >= 0) & (found.spans <= _ONE_READ)
+    return np.stack([used, np.where(at_once, found.spans, used), np.where(at_once, 1, found.lengths)], axis=1)
 
-    Args:
-        store: knows where shards have moved.
-        url: the shard's URL as it was indexed.
-        fingerprint: what identified it then.
 
-    Raises:
-        ShardMissingError: when it is not there.
-        ShardChangedError: when it is another file than the one that was indexed.
-    """
-    place = store.shard_url(url)
-    reader = storage.open_reader(place)
-    found = storage.fingerprint(reader)
-    if not storage.same_bytes(fingerprint, found, moved=store.shards_at is not None):
-        reader.close()
-        raise ShardChangedError(
-            f"{place}: not the shard that was indexed (it was {fingerprint}, now it is {found}); "
-            f"restore it, or index the dataset again with `dynams index` and score a new round",
-            shard=url,
-        )
-    return reader
+def _unreadable(url: str, offset: int, size: int, error: OSError) -> ShardUnreadableError:
+    """What to raise when a disk fails."""
+    return ShardUnreadableError(f"{url}: {size} bytes at {offset} cannot be read ({error}); check the disk", shard=url)

@@ -104,6 +104,8 @@ COLUMN_ENCODING = {
 
 ROW_GROUP_ROWS = 131_072
 """Lines of a row group at most. A shard starts a new one, so that reading one shard reads little more than it."""
+INDEX_GROUP_ROWS = 2048
+"""Lines of a member index's row group: what a loader holds of each lane. Smaller ones take longer to read, and room."""
 
 DATASET_FOLDER = "dataset"
 INDEX_FOLDER = "index"

@@ -8,9 +8,11 @@ begins.
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import os
-from collections.abc import Callable, Iterator
+from collections import deque
+from collections.abc import Callable, Generator, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -20,27 +22,35 @@ import torch.distributed as dist
 from torch.utils.data import get_worker_info
 from webdataset.utils import PipelineStage
 
-from dynams_stream.errors import DynamsError, RoundNotFoundError, SampleError, ShardError, StoreError
+from dynams_stream.dataset import Dataset
+from dynams_stream.errors import DynamsError, RoundNotFoundError, SampleError, ShardError, StateError, StoreError
 from dynams_stream.order import (
     EpochOrder,
     default_lanes,
     rank_length,
     rank_positions,
     substitute,
+    window_length,
     worker_length,
     worker_samples,
 )
 from dynams_stream.progress import EVERYTHING, Control, Place
 from dynams_stream.reading import Chunk, Sample, SampleReader
 from dynams_stream.reading import Place as SamplePlace
+from dynams_stream.remote_options import RemoteOptions
+from dynams_stream.sample_cache import SampleCache
 from dynams_stream.selection import Selection
-from dynams_stream.store import Dataset, Store
+from dynams_stream.stats import Counters
+from dynams_stream.store import Store
 
 logger = logging.getLogger(__name__)
 
+Integers = npt.NDArray[np.int64]
+
 _FIRST_CHUNK: Final = 128  # small, for an early first batch
-_CHUNK: Final = 2048
 _CHUNK_LANES: Final = 16  # a chunk takes about this many samples of each lane, so that looking up a shard pays
+_NOTHING: Final[Sample] = {}
+_INHERITED: Final[list[SampleReader]] = []  # readers of a parent: a forked child may neither use nor take them down
 
 
 @dataclass(frozen=True)
@@ -51,10 +61,13 @@ class Options:
     shuffle: bool
     seed: int
     lanes: int | None
+    window: int | None
     tail: str
     prepare: Callable[[Sample], Any] | None
     on_error: str
     max_errors: int
+    remote: RemoteOptions
+    cache: SampleCache | None
 
 
 @dataclass(frozen=True, eq=False)
@@ -66,6 +79,12 @@ class Content:
     dataset: Dataset
     selection: Selection
 
+    @property
+    def check(self) -> int:
+        """A number that stands for the dataset and the selection; equal in all processes that read the same."""
+        digest = hashlib.sha256(f"{self.dataset.digest} {self.selection.digest}".encode()).digest()
+        return int.from_bytes(digest[:7])
+
 
 class Source(PipelineStage):  # type: ignore[misc]
     """First stage of the pipeline: yields this process's samples."""
@@ -74,6 +93,8 @@ class Source(PipelineStage):  # type: ignore[misc]
         self.store = store
         self.options = options
         self.control = Control()
+        self.counters = Counters()
+        self.reported: set[tuple[int, int]] = set()  # (shard, row) of what was skipped and logged in this process
         self.newest: Pass | None = None
         self.resumed: tuple[Place, int] | None = None  # in a worker: the place, and how many samples it had yielded
         self._given_split = split is not None
@@ -91,17 +112,13 @@ class Source(PipelineStage):  # type: ignore[misc]
             "_content": None,
             "_reader": None,
             "_reader_of": None,
+            "reported": set(),
         }
         return self.__dict__ | left_out
 
     def run(self) -> Iterator[Sample]:
         """Begin an iteration, as webdataset's pipelines ask for it."""
         return iter(self.begin())
-
-    def close(self) -> None:
-        """Give open files back."""
-        if self._reader is not None:
-            self._reader.close()
 
     # ---- what to read ------------------------------------------------------------------------------------------------
 
@@ -111,27 +128,40 @@ class Source(PipelineStage):  # type: ignore[misc]
             self._split = (dist.get_rank(), dist.get_world_size())
         return self._split
 
-    def resolve(self, which: int | str | None) -> tuple[int, int]:
-        """The round and the dataset version that `which` means now; under `torch.distributed` rank 0 decides for all.
+    def resolve(self, which: int | str | None, asked: Mapping[str, Any]) -> tuple[int, int]:
+        """The round and the dataset version that `which` means now; under `torch.distributed` rank 0 looks for all.
 
         Ranks that were given by hand decide for themselves: they need not be all of the process group.
 
+        Args:
+            which: a round's number, "latest", or None for everything.
+            asked: what all ranks have to ask for alike.
+
         Raises:
             RoundNotFoundError, NotIndexedError: when there is none.
+            StateError: when the ranks ask for different things.
         """
-        _, ranks = self.split()
-        if self._given_split or ranks == 1 or isinstance(which, int):
+        rank, ranks = self.split()
+        if self._given_split or ranks == 1:
             return self._look_up(which)
-        box: list[Any] = [None]
-        if dist.get_rank() == 0:
+        found: Any = None
+        if rank == 0:
             try:
-                box = [self._look_up(which)]
+                found = self._look_up(which)
             except Exception as error:  # noqa: BLE001 (the other ranks wait: whatever it is, they have to hear of it)
-                box = [error if isinstance(error, DynamsError) else StoreError(f"{self.store.url}: {error!r}")]
-        dist.broadcast_object_list(box, src=0)
-        if isinstance(box[0], Exception):
-            raise box[0]
-        number, version = box[0]
+                found = error if isinstance(error, DynamsError) else StoreError(f"{self.store.url}: {error!r}")
+        answers: list[Any] = [None] * ranks
+        dist.all_gather_object(answers, (dict(asked), found))
+        first, found = answers[0]
+        for other, (theirs, _) in enumerate(answers):
+            for name, value in theirs.items():
+                if value != first[name]:
+                    raise StateError(
+                        f"rank {other} was given {name} = {value!r}, rank 0 {first[name]!r}; give all ranks the same"
+                    )
+        if isinstance(found, Exception):
+            raise found
+        number, version = found
         return number, version
 
     def _look_up(self, which: int | str | None) -> tuple[int, int]:
@@ -172,13 +202,21 @@ class Source(PipelineStage):  # type: ignore[misc]
         return Content(place.round, place.version, dataset, selection)
 
     def reader(self, content: Content) -> SampleReader:
-        """This process's reader of the dataset; open files are never shared through a fork."""
+        """This process's reader of the dataset; files and connections are never shared through a fork."""
         owner = (os.getpid(), content.dataset.digest)
         if self._reader is None or self._reader_of != owner:
-            if self._reader is not None:
-                self._reader.close()
-            self._reader, self._reader_of = SampleReader(self.store, content.dataset), owner
+            if self._reader is not None and self._reader_of is not None:
+                if self._reader_of[0] == os.getpid():
+                    self._reader.close()
+                else:
+                    _INHERITED.append(self._reader)
+            self._reader, self._reader_of = self.new_reader(content.dataset), owner
         return self._reader
+
+    def new_reader(self, dataset: Dataset) -> SampleReader:
+        """A reader of `dataset` for this process."""
+        options = self.options
+        return SampleReader(self.store, dataset, remote=options.remote, cache=options.cache, count=self.counters.add)
 
     def length(self) -> int:
         """How many samples this rank yields in the current epoch, from its start."""
@@ -196,6 +234,12 @@ class Source(PipelineStage):  # type: ignore[misc]
         if not self.options.shuffle:
             return 1
         return place.lanes or default_lanes(self.content(place).selection.total)
+
+    def order_window(self, place: Place) -> int:
+        """How many items of a lane are shuffled together at `place`."""
+        if not self.options.shuffle:
+            return 1
+        return place.window or window_length(self.content(place).selection.total, self.order_lanes(place))
 
     # ---- iterations --------------------------------------------------------------------------------------------------
 
@@ -226,12 +270,20 @@ class Pass:
     Attributes:
         yielded: how many of its own samples it has yielded since `place.start`.
         own_length: how many there are.
+
+    Raises:
+        StateError: when this worker reads another selection than the main process.
     """
 
     def __init__(self, source: Source, place: Place, yielded: int, refusal: str | None):
         self.source, self.place, self.yielded, self.refusal = source, place, yielded, refusal
         self.options = source.options
         self.content = source.content(place)
+        if self.content.check != place.check:
+            raise StateError(
+                f"{source.store.url}: round {place.round} is not here what it is in the main process; "
+                f"let all processes see the same store, and never change a published round"
+            )
         self.rank, self.ranks = source.split()
         worker = get_worker_info()
         self.worker, self.workers = (0, 1) if worker is None else (worker.id, worker.num_workers)
@@ -241,74 +293,138 @@ class Pass:
             seed=self.options.seed,
             epoch=place.epoch,
             lanes=place.lanes or None,
+            window=place.window or None,
             shuffle=self.options.shuffle,
         )
         self.rank_length = rank_length(self.total - place.start, self.ranks, self.rank, self.options.tail)
         self.own_length = worker_length(self.rank_length, self.worker, self.workers, self.options.batch_size)
         self.errors = 0
-        self._reported: set[tuple[int, int]] = set()
         self._chunk_start = 0
         self._chunk: Chunk | None = None
 
     def __iter__(self) -> Iterator[Any]:
         reader = self.source.reader(self.content)
-        prepare, read = self.options.prepare, reader.read
-        size, largest = _FIRST_CHUNK, max(_CHUNK, _CHUNK_LANES * self.order.lanes)
-        while self.yielded < self.own_length:
-            self._chunk_start = self.yielded
-            positions, padded = self._positions(self.yielded, min(self.yielded + size, self.own_length))
-            chunk = self._chunk = self._look_up(reader, positions, padded)
-            extras, bounds = chunk.extras, iter(chunk.bounds)
-            for place in zip(*chunk.columns, strict=True):
+        if self.options.cache is not None and reader.fetches:
+            self.options.cache.begin(self.content.selection.digest)
+        prepare, chunks = self.options.prepare, self._chunks(reader)
+        try:
+            for chunk, positions in chunks:
+                self._chunk, extras, number = chunk, chunk.extras, 0
+                first = self._chunk_start = self.yielded
                 try:
-                    sample: Any = read(place, bounds)
-                    if extras:
-                        sample.update(extras.get(self.yielded - self._chunk_start, {}))
-                    if prepare is not None:
-                        sample = prepare(sample)
-                except Exception as error:  # noqa: BLE001 (raised as a typed error there, or skipped and counted)
-                    number = self.yielded - self._chunk_start
-                    bounds = chunk.bounds_from(number + 1)
-                    failed = chunk.place(number)
-                    sample = self._stand_in(error, failed, reader, int(positions[number]), padded[number : number + 1])
-                self.yielded += 1
-                yield sample
-            size = min(4 * size, largest)
+                    while number < len(chunk):
+                        try:
+                            for sample in reader.samples(chunk, number):
+                                if extras:
+                                    sample.update(extras.get(self.yielded - first, _NOTHING))
+                                if prepare is not None:
+                                    sample = prepare(sample)
+                                self.yielded += 1
+                                yield sample
+                        except Exception as error:  # noqa: BLE001 (raised as a typed error there, or skipped and counted)
+                            number = self.yielded - first
+                            sample = self._stand_in(error, chunk, number, int(positions[number]), reader)
+                            self.yielded += 1
+                            yield sample
+                        number = self.yielded - first
+                finally:
+                    reader.account(chunk, self.yielded - first)
+                    chunk.forget()
+        finally:
+            chunks.close()
 
-    def _positions(self, first: int, stop: int) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.bool_]]:
+    # ---- chunks ------------------------------------------------------------------------------------------------------
+
+    def _chunks(self, reader: SampleReader) -> Generator[tuple[Chunk, Integers]]:
+        """This process's samples in order, and their positions; the next chunk is under way when one is given."""
+        ahead: deque[tuple[Chunk, Integers]] = deque()
+        try:
+            for first, stop, shared in self._cuts(reader):
+                ahead.append(self._shared(reader, first, stop) if shared else self._own(reader, first, stop))
+                while len(ahead) > int(reader.fetches):
+                    yield ahead.popleft()
+            while ahead:
+                yield ahead.popleft()
+        finally:
+            for chunk, _ in ahead:
+                chunk.forget()
+
+    def _cuts(self, reader: SampleReader) -> Iterator[tuple[int, int, bool]]:
+        """First and last + 1 of the process's own samples in each chunk, and whether workers fetch it together."""
+        largest = reader.chunk_length(self.order.lanes * _CHUNK_LANES)
+        first, size = self.yielded, min(_FIRST_CHUNK, largest)
+        together = self.workers > 1 and reader.shares
+        if together:  # the same cuts in all workers, however much each has yielded before
+            batch = self.options.batch_size or 1
+            size = largest = max(1, largest // (batch * self.workers)) * batch
+        while first < self.own_length:
+            stop = min(first - first % size + size if together else first + size, self.own_length)
+            yield first, stop, together and first % size == 0
+            first, size = stop, min(4 * size, largest)
+
+    def _own(self, reader: SampleReader, first: int, stop: int) -> tuple[Chunk, Integers]:
         samples = worker_samples(first, stop, self.worker, self.workers, self.options.batch_size)
+        positions, padded = self._positions(samples)
+        return self._look_up(reader, positions, padded), positions
+
+    def _shared(self, reader: SampleReader, first: int, stop: int) -> tuple[Chunk, Integers]:
+        """As `_own`, planned over what all workers of the rank read meanwhile."""
+        batch = self.options.batch_size or 1
+        samples = np.arange(first * self.workers, min(stop * self.workers, self.rank_length), dtype=np.int64)
+        workers = samples // batch % self.workers
+        positions, padded = self._positions(samples)
+        chunk = self._look_up(reader, positions, padded, workers)
+        return chunk, positions[workers == self.worker]
+
+    def _positions(self, samples: Integers) -> tuple[Integers, npt.NDArray[np.bool_]]:
         return rank_positions(samples, self.total, self.ranks, self.rank, self.place.start)
 
-    def _look_up(self, reader: SampleReader, positions: npt.NDArray[np.int64], padded: npt.NDArray[np.bool_]) -> Chunk:
+    def _look_up(
+        self,
+        reader: SampleReader,
+        positions: Integers,
+        padded: npt.NDArray[np.bool_],
+        workers: Integers | None = None,
+    ) -> Chunk:
+        shards, places = self.order.locate(positions)
         marks = padded if self.options.tail == "pad" else None
-        return reader.look_up(*self.order.locate(positions), self.content.selection, marks)
+        selection = self.content.selection
+        return reader.look_up(shards, places, selection, padded=marks, workers=workers, worker=self.worker)
 
     # ---- trouble -----------------------------------------------------------------------------------------------------
 
-    def _stand_in(
-        self, error: Exception, failed: SamplePlace, reader: SampleReader, position: int, padded: npt.NDArray[np.bool_]
-    ) -> Any:
+    def _stand_in(self, error: Exception, chunk: Chunk, number: int, position: int, reader: SampleReader) -> Any:
         """The sample that takes the place of one that failed (`order.substitute`), when skipping is allowed."""
+        failed = chunk.place(number)
+        padded = np.array(["__pad__" in chunk.extras.get(number, _NOTHING)])
         for attempt in range(1, self.total + 1):
-            named = name_error(error, failed)
-            if self.options.on_error == "raise":
-                raise named from error
-            self.errors += 1
-            if self.errors > self.options.max_errors:
-                message = f"{named} (error {self.errors} of this iteration, max_errors={self.options.max_errors})"
-                raise SampleError(message, shard=named.shard, row=named.row, key=named.key) from error
-            if (failed.shared.shard, failed.row) not in self._reported:
-                self._reported.add((failed.shared.shard, failed.row))
-                logger.warning("skipped (%d of at most %d): %s", self.errors, self.options.max_errors, named)
-            other = np.array([substitute(position, attempt, self.total)])
-            chunk = self._look_up(reader, other, padded)
-            failed = chunk.place(0)
+            self._skip(error, failed)
+            other = self._look_up(reader, np.array([substitute(position, attempt, self.total)]), padded)
+            failed = other.place(0)
             try:
-                sample = {**reader.read(failed, iter(chunk.bounds)), **chunk.extras.get(0, {})}
+                (sample,) = reader.samples(other)
+                sample.update(other.extras.get(0, _NOTHING))
                 return sample if self.options.prepare is None else self.options.prepare(sample)
-            except Exception as next_error:  # noqa: BLE001 (as in __iter__)
+            except Exception as next_error:  # noqa: BLE001 (as in _samples_of)
                 error = next_error
+            finally:
+                other.forget()
         raise SampleError(f"none of the {self.total} selected samples can be read; the last error: {error}") from error
+
+    def _skip(self, error: Exception, failed: SamplePlace) -> None:
+        """Count and log a sample that is skipped, or raise when that is not allowed."""
+        named = name_error(error, failed)
+        if self.options.on_error == "raise":
+            raise named from error
+        self.errors += 1
+        self.source.counters.add(skipped=1)
+        skipped = self.source.control.count_skip(self.errors)
+        if skipped > self.options.max_errors:
+            message = f"{named} (error {skipped} of this iteration, max_errors={self.options.max_errors})"
+            raise SampleError(message, shard=named.shard, row=named.row, key=named.key) from error
+        if (failed.shared.shard, failed.row) not in self.source.reported:
+            self.source.reported.add((failed.shared.shard, failed.row))
+            logger.warning("skipped (%d of at most %d): %s", skipped, self.options.max_errors, named)
 
     def blame(self, error: Exception) -> DynamsError:
         """A typed error for a later stage's, with the sample that the stage was given last."""

@@ -16,8 +16,11 @@ from dynams_stream.errors import DynamsError, RoundNotFoundError, StateError, Us
 from dynams_stream.order import ALGORITHM_VERSION, TAILS
 from dynams_stream.pickle_guard import GuardedDecoder, guarded_patterns
 from dynams_stream.progress import EVERYTHING, Place, State, finished_or
+from dynams_stream.remote_options import RemoteOptions
+from dynams_stream.sample_cache import SampleCache
 from dynams_stream.source import Options, Pass, Source, warn_of_other_epoch
 from dynams_stream.stages import Batches, holds_back, stage_name
+from dynams_stream.stats import Stats
 from dynams_stream.store import Store, round_number
 
 
@@ -48,12 +51,17 @@ class SelectedDataset(DataPipeline, FluidInterface):  # type: ignore[misc]
         round: a round's number, "latest" (everything while there is none), or None for everything.
         lanes: from how many places of the dataset a batch is mixed; None for a number that depends on the number of
             selected samples alone. Ranks that divide it read disjoint shards.
+        window: how many neighbours of a place are shuffled together; None for a number that depends on the number of
+            selected samples alone. Smaller ones save requests to object stores.
         tail: what becomes of the last N mod ranks samples: "drop", "pad" (the first ones come again to fill up, marked
             `__pad__`), "wrap" (the same, unmarked) or "keep" (every sample once; ranks may differ by one).
         prepare: called with each sample dict inside the source, so that `on_error` covers it.
         on_error: "raise", or "skip": a sample that cannot be read or prepared is logged, and another selected sample
             takes its place (`order.substitute`), so that no rank's epoch gets shorter.
-        max_errors: how many samples may be skipped in one iteration of one worker.
+        max_errors: how many samples all workers of a rank may skip in one iteration.
+        remote: what reading from object stores may cost: requests, bytes, memory and patience.
+        cache: keeps samples of object stores on a disk of this machine, across epochs and rounds; with one, the workers
+            of a rank share what they fetch.
         rank, world_size: this process's part; by default `torch.distributed`'s, else 0 of 1. When they are given, each
             process finds "latest" for itself: name the round to make sure that all read the same.
 
@@ -71,10 +79,13 @@ class SelectedDataset(DataPipeline, FluidInterface):  # type: ignore[misc]
         seed: int = 0,
         round: int | str | None = "latest",
         lanes: int | None = None,
+        window: int | None = None,
         tail: str = "drop",
         prepare: Callable[[dict[str, Any]], Any] | None = None,
         on_error: str = "raise",
         max_errors: int = 0,
+        remote: RemoteOptions | None = None,
+        cache: SampleCache | None = None,
         rank: int | None = None,
         world_size: int | None = None,
     ):
@@ -82,10 +93,23 @@ class SelectedDataset(DataPipeline, FluidInterface):  # type: ignore[misc]
         _require_integer("batch_size", batch_size, 1, none="no batches")
         _require_integer("seed", seed, 0)
         _require_integer("lanes", lanes, 1, none="the default")
+        _require_integer("window", window, 1, none="the default")
         _require_integer("max_errors", max_errors, 0)
         _require_choice("tail", tail, TAILS)
         _require_choice("on_error", on_error, ("raise", "skip"))
-        options = Options(batch_size, bool(shuffle), seed, lanes, tail, prepare, on_error, max_errors)
+        options = Options(
+            batch_size=batch_size,
+            shuffle=bool(shuffle),
+            seed=seed,
+            lanes=lanes,
+            window=window,
+            tail=tail,
+            prepare=prepare,
+            on_error=on_error,
+            max_errors=max_errors,
+            remote=remote or RemoteOptions(),
+            cache=cache,
+        )
         self._round = _which(round)
         store = store if isinstance(store, Store) else Store(store)
         self.append(Source(store, options, _split(rank, world_size)))
@@ -132,15 +156,38 @@ class SelectedDataset(DataPipeline, FluidInterface):  # type: ignore[misc]
                     f"the state that was loaded for epoch {epoch} is of {_round_name(place.round)}, set_epoch asks for "
                     f"{_round_name(named)}; ask for the state's, or make the dataset anew to start the epoch over"
                 )
+            self._agree(epoch, place.round or None, place.start)
             return
         self._publish(epoch, which, chosen=True)
 
     def _publish(self, epoch: int, which: int | str | None, *, chosen: bool) -> None:
-        number, version = self._source.resolve(which)
-        lanes = self._source.options.lanes or 0
-        place = Place(epoch=epoch, round=number, version=version, lanes=lanes, chosen=int(chosen))
-        self._source.content(place)  # here already: errors show up in the main process, forked workers inherit it
-        self._source.control.publish(place)
+        number, version = self._agree(epoch, which, 0)
+        options = self._source.options
+        self._tell(
+            Place(
+                epoch=epoch,
+                round=number,
+                version=version,
+                lanes=options.lanes or 0,
+                window=options.window or 0,
+                chosen=int(chosen),
+            )
+        )
+
+    def _agree(self, epoch: int, which: int | str | None, start: int) -> tuple[int, int]:
+        """The round and dataset version that all ranks read."""
+        options = self._source.options
+        same = ("seed", "shuffle", "lanes", "window", "tail", "batch_size")
+        asked = {"epoch": epoch, "round": which, "position": start, **{name: getattr(options, name) for name in same}}
+        return self._source.resolve(which, asked)
+
+    def _tell(self, place: Place) -> None:
+        content = self._source.content(place)  # here already: errors show up here, forked workers inherit it
+        self._source.control.publish(place._replace(check=content.check))
+
+    def stats(self) -> Stats:
+        """What has been read since the dataset was made, by this rank's main process and its workers together."""
+        return self._source.counters.total()
 
     def __len__(self) -> int:
         """How many samples this rank yields in the current epoch, from its start."""
@@ -254,6 +301,7 @@ class SelectedDataset(DataPipeline, FluidInterface):  # type: ignore[misc]
             round=state["round"] or EVERYTHING,
             version=self._version_of(state),
             lanes=state["lanes"],
+            window=state["window"],
             loaded=1,
             start=state["samples"],
             steps=state["steps"],
@@ -271,12 +319,12 @@ class SelectedDataset(DataPipeline, FluidInterface):  # type: ignore[misc]
                 return  # that epoch is over; a StatefulDataLoader without workers loads late, after the next set_epoch
             if waiting:
                 warn_of_other_epoch(current, place)
-            source.control.publish(place)
+            self._tell(place)
             return
         rank, ranks = source.split()
         mine = {"worker": worker.id, "workers": worker.num_workers, "rank": rank, "ranks": ranks}
         progress.check_state(state, {**mine, "batch_size": source.options.batch_size})
-        source.resumed = (place, state["yielded"])
+        source.resumed = (place._replace(check=content.check), state["yielded"])
 
     @staticmethod
     def global_state(loader_state: Mapping[str, Any]) -> State:
@@ -301,6 +349,7 @@ class SelectedDataset(DataPipeline, FluidInterface):  # type: ignore[misc]
             "batch": None if batch is None else batch * source.split()[1],
             "seed": source.options.seed,
             "lanes": source.order_lanes(place),
+            "window": source.order_window(place),
             "shuffle": source.options.shuffle,
             "selection": content.selection.digest,
             "dataset": content.dataset.digest,

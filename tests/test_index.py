@@ -98,7 +98,7 @@ def test_the_file_is_plain_parquet_in_the_stores_schema(tmp_path: Path) -> None:
 
 
 def test_a_large_shard_is_split_into_row_groups(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(schema, "ROW_GROUP_ROWS", 10)
+    monkeypatch.setattr(schema, "INDEX_GROUP_ROWS", 10)
     shards = [many_rows(25), many_rows(3)]
     url = str(tmp_path / write_part_index(str(tmp_path), 0, 0, [index_of(rows) for rows in shards]))
     metadata = pq.read_metadata(url)

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import numpy as np
-import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dynams_stream.errors import UsageError
-from dynams_stream.ranges import CostModel, plan
+from dynams_stream.ranges import plan
 
 SPANS = st.lists(st.tuples(st.integers(0, 3), st.integers(0, 300), st.integers(0, 40)), max_size=60)
 
@@ -86,9 +84,3 @@ def test_a_hundred_thousand_neighbours_become_ranges_of_the_longest_length() -> 
     ranges = plan(np.zeros_like(offsets), offsets, np.full_like(offsets, 100), gap=900, longest=1_000_000)
     assert len(ranges) == 100
     assert (ranges.stops - ranges.starts == 999_100).all()
-
-
-def test_the_gap_is_what_a_request_costs() -> None:
-    assert CostModel(latency=0.02, bandwidth=1e9, in_flight=100).gap == 200_000
-    with pytest.raises(UsageError, match="bandwidth has to be above 0; got 0"):
-        CostModel(bandwidth=0)

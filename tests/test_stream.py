@@ -20,7 +20,7 @@ import webdataset as wds
 from torch.utils.data import DataLoader
 from torchdata.stateful_dataloader import StatefulDataLoader
 
-from dynams_stream import members, reading, storage
+from dynams_stream import local_shards, members, reading, storage
 from dynams_stream.errors import (
     RoundNotFoundError,
     SampleError,
@@ -110,23 +110,25 @@ def test_weights_come_with_their_samples(own_store: Store) -> None:
 
 
 def test_only_selected_samples_are_read(store: Store, rows: list[list[int]], monkeypatch: pytest.MonkeyPatch) -> None:
-    read: list[tuple[str, int, int]] = []
+    read: list[tuple[int, int, int]] = []
+    pread = os.pread
 
-    class Counting(storage.LocalReader):
-        def pread(self, offset: int, size: int) -> bytes:
-            read.append((self.path, offset, size))
-            return super().pread(offset, size)
+    def counting(descriptor: int, size: int, offset: int) -> bytes:
+        read.append((descriptor, offset, size))
+        return pread(descriptor, size, offset)
 
-    monkeypatch.setattr(storage, "LocalReader", Counting)
-    wanted = sum(
-        sum(len(value) for value in sample.values() if isinstance(value, bytes)) for sample in SelectedDataset(store)
-    )
+    monkeypatch.setattr(os, "pread", counting)
+    dataset = SelectedDataset(store)
+    wanted = sum(sum(len(value) for value in sample.values() if isinstance(value, bytes)) for sample in dataset)
     headers = [each for each in read if each[1:] == (0, storage.HEADER_BYTES)]
     assert len(headers) == sum(1 for each in rows if each)
     ranges = [each for each in read if each not in headers]
     assert len(ranges) == sum(map(len, rows))
     padding = 3 * (2 * 512 + 512)  # between four members: a header and padding, and more for a long name
     assert wanted <= sum(size for *_, size in ranges) <= wanted + len(ranges) * padding
+    stats = dataset.stats()
+    assert (stats.samples, stats.bytes_used, stats.requests) == (len(ranges), wanted, len(ranges))
+    assert stats.bytes_read == sum(size for *_, size in ranges)
 
 
 def test_members_far_apart_are_read_one_by_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -153,12 +155,12 @@ def test_moved_shards_are_read_and_keep_their_name(store: Store, tmp_path: Path)
 
 def test_few_open_files_and_a_small_index_cache_are_enough(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = list(SelectedDataset(store))
-    monkeypatch.setattr(reading, "_MOST_OPEN", 2)
+    monkeypatch.setattr(local_shards, "_MOST_OPEN", 2)
     monkeypatch.setattr(reading, "MemberTables", functools.partial(MemberTables, budget=1))
     dataset = SelectedDataset(store)
     assert list(dataset) == whole
     reader = dataset.pipeline[0]._reader
-    assert len(reader._readers) <= 2
+    assert len(reader._local._readers) <= 2
     assert len(reader.tables._pieces) <= 4  # as many as one chunk needs
 
 
@@ -590,7 +592,7 @@ def test_a_state_of_everything_resumes_without_the_round_published_since(own_sto
         ({"shuffle": False}, "made with shuffle = False, this dataset has True"),
         ({"selection": "abc"}, "made with selection = 'abc'"),
         ({"dataset": "abc"}, "made with dataset = 'abc'"),
-        ({"version": 2}, "format version 2, this program reads 1"),
+        ({"version": 1}, "format version 1, this program reads 2"),
         ({"round": 9}, "the state is of round 9, which is not there"),
         ({"round": None, "dataset": "abc"}, "of a dataset .digest abc. that .* does not hold"),
     ],

@@ -1,0 +1,258 @@
+"""Reads of shards that lie in an object store: planned for a whole chunk, fetched ahead, shared and kept in a cache.
+
+    chunk of spans ──cache has it?──► no ──plan──► ranges ──► ReadAhead ──► Retries ──► Transport
+                                └► yes ─────────────────────────────────► pread
+
+Each request names the version of the shard that was indexed (`If-Match`). Where a store's fingerprint cannot be
+compared so (a moved copy, Google's interfaces, a store without entity tags), the shard is checked once before its first
+range, and the version that answers then is asked for from then on.
+
+Workers of one rank that have a cache plan the same ranges over the samples of all of them. A range belongs to the
+worker that needs its first sample; the others wait for it to put their samples into the cache. As batches are asked for
+in order, nobody waits in a circle; who waits too long fetches for itself.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable
+from typing import Final, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from dynams_stream import ranges, storage
+from dynams_stream.dataset import Dataset
+from dynams_stream.errors import DynamsError
+from dynams_stream.read_ahead import Range, ReadAhead
+from dynams_stream.remote_options import RemoteOptions
+from dynams_stream.retries import Retries
+from dynams_stream.sample_cache import SampleCache
+from dynams_stream.store import Store
+from dynams_stream.transport import TransientError, Transport, comparable_etag
+
+Integers = npt.NDArray[np.int64]
+
+_PATIENCE: Final = 5.0  # seconds for which a range of another worker is waited for
+_NAP: Final = 0.002
+_NEVER: Final = threading.Event()
+
+
+class Wanted(NamedTuple):
+    """What a chunk needs of its rank's shards, in the order of need; n spans.
+
+    Attributes:
+        shards, offsets, sizes: int64, shape (n,): which bytes of which shards.
+        workers: int64, shape (n,): which worker of the rank needs each.
+    """
+
+    shards: Integers
+    offsets: Integers
+    sizes: Integers
+    workers: Integers
+
+
+class RemoteShards:
+    """Ranges of remote shards, for one process.
+
+    Args:
+        store: knows where shards have moved.
+        dataset: the shards.
+        options: what requests may cost.
+        cache: keeps samples on this machine; None for none.
+        count: told how much was read, by the names of `Stats`.
+    """
+
+    def __init__(
+        self,
+        store: Store,
+        dataset: Dataset,
+        options: RemoteOptions,
+        cache: SampleCache | None,
+        count: Callable[..., None],
+    ):
+        self._store = store
+        self._dataset = dataset
+        self._options = options
+        self._cache = cache
+        self._count = count
+        self._transport = Transport(options.timeout, options.in_flight)
+        self._retries = Retries(options, count)
+        self._ahead = ReadAhead(self._fetch, threads=options.in_flight, budget=options.read_ahead)
+        self._etags: dict[int, str] = {}
+        self._etag_locks: dict[int, threading.Lock] = {}
+        self._mutex = threading.Lock()
+
+    # ---- before a chunk is read --------------------------------------------------------------------------------------
+
+    def plan(self, wanted: Wanted, worker: int) -> Plan:
+        """Have what `worker` needs fetched.
+
+        Args:
+            wanted: what all workers need that share a cache; else this one's needs alone.
+            worker: which of them this one is.
+        """
+        missing = np.flatnonzero(~self._cached(wanted.shards, wanted.offsets))
+        shards, offsets, sizes, workers = (column[missing] for column in wanted)
+        planned = ranges.plan(shards, offsets, sizes, gap=self._options.gap_bytes, longest=self._options.longest)
+        firsts = np.full(len(planned), len(shards), dtype=np.int64)
+        np.minimum.at(firsts, planned.range_of, np.arange(len(shards)))
+        places = zip(planned.shards.tolist(), planned.starts.tolist(), planned.stops.tolist(), strict=True)
+        fetched_here = (workers[firsts] == worker).tolist()
+        made = [Range(*place) if own else None for place, own in zip(places, fetched_here, strict=True)]
+        plan = Plan(self._ahead)
+        spans = zip(shards.tolist(), offsets.tolist(), sizes.tolist(), strict=True)
+        mine = (workers == worker).tolist()
+        for (shard, offset, size), number, own in zip(spans, planned.range_of.tolist(), mine, strict=True):
+            plan.add(made[number], shard, offset, size, own)
+        self._ahead.submit(each for each in made if each is not None)
+        return plan
+
+    def _cached(self, shards: Integers, offsets: Integers) -> npt.NDArray[np.bool_]:
+        if self._cache is None:
+            return np.zeros(len(shards), dtype=np.bool_)
+        names = np.empty(len(shards), dtype=np.int64)
+        for shard in np.unique(shards).tolist():
+            run = np.flatnonzero(shards == shard)
+            names[run] = self._names(shard, offsets[run].tolist())
+        present = self._cache.present(names.tolist())
+        return np.isin(names, np.fromiter(present, dtype=np.int64, count=len(present)))
+
+    # ---- reading -----------------------------------------------------------------------------------------------------
+
+    def pread(self, shard: int, offset: int, size: int, plan: Plan | None = None) -> bytes:
+        """Exactly `size` bytes of a shard from `offset`.
+
+        Args:
+            plan: the plan of the chunk that they belong to.
+
+        Raises:
+            ShardMissingError, ShardChangedError: when the shard is gone, or not what was indexed.
+            ShardUnreadableError: when it cannot be read before the deadline.
+        """
+        mine = plan.ranges.get((shard, offset)) if plan is not None else None
+        if mine is not None:
+            data = bytes(self._ahead.take(mine)[offset - mine.start : offset - mine.start + size])
+            mine.uses -= 1
+            if mine.uses == 0:
+                self._ahead.release(mine)
+            return data
+        if self._cache is not None:
+            shared = plan is not None and (shard, offset) in plan.shared
+            found = self._from_cache(shard, offset, size, _PATIENCE if shared else 0.0)
+            if found is not None:
+                self._count(bytes_cached=size)
+                return found
+        alone = Range(shard, offset, offset + size)
+        alone.wanted.append((offset, size))
+        return bytes(self._fetch(alone, _NEVER))
+
+    def take_waited(self) -> float:
+        """Seconds in which bytes were waited for since this was asked last."""
+        waited, self._ahead.waited = self._ahead.waited, 0.0
+        return waited
+
+    def close(self) -> None:
+        """Fetch nothing of what was planned any more."""
+        self._ahead.close()
+        self._ahead = ReadAhead(self._fetch, threads=self._options.in_flight, budget=self._options.read_ahead)
+
+    def _from_cache(self, shard: int, offset: int, size: int, patience: float) -> bytes | None:
+        assert self._cache is not None
+        (name,) = self._names(shard, [offset])
+        began = time.monotonic()
+        while True:
+            found = self._cache.get(name, size) if name >= 0 else None
+            waited = time.monotonic() - began
+            if found is not None or waited >= patience:
+                self._ahead.waited += waited if patience else 0.0
+                return found
+            time.sleep(_NAP)
+
+    def _names(self, shard: int, offsets: list[int]) -> list[int]:
+        assert self._cache is not None
+        return self._cache.ids(self._dataset.urls[shard], self._dataset.fingerprints[shard], offsets)
+
+    # ---- fetching, in the threads of the read-ahead ------------------------------------------------------------------
+
+    def _fetch(self, wanted: Range, stopped: threading.Event) -> memoryview:
+        url = self._store.shard_url(self._dataset.urls[wanted.shard])
+        expected = self._etag(wanted.shard, url, stopped)
+        answer = self._retries.until_done(
+            lambda: self._transport.get(url, wanted.start, wanted.stop, expected),
+            url,
+            f"bytes {wanted.start} to {wanted.stop - 1}",
+            stopped,
+        )
+        if not expected:
+            self._etags[wanted.shard] = answer.etag
+        self._count(bytes_read=wanted.size)
+        data = memoryview(answer.data)
+        if self._cache is not None:
+            names = self._names(wanted.shard, [offset for offset, _ in wanted.wanted])
+            self._cache.put(
+                [
+                    (name, data[offset - wanted.start : offset - wanted.start + size])
+                    for name, (offset, size) in zip(names, wanted.wanted, strict=True)
+                ]
+            )
+        return data
+
+    def _etag(self, shard: int, url: str, stopped: threading.Event) -> str:
+        """The version to ask for; checks the shard first where its fingerprint names none that could be asked for."""
+        known = self._etags.get(shard)
+        if known is not None:
+            return known
+        recorded = storage.etag_of(self._dataset.fingerprints[shard])
+        comparable = "" if self._store.shards_at is not None else comparable_etag(url, recorded)
+        if not comparable:
+            with self._mutex:
+                lock = self._etag_locks.setdefault(shard, threading.Lock())
+            with lock:
+                if shard not in self._etags:
+                    self._retries.until_done(lambda: self._check(shard), url, "its description", stopped)
+                    self._etags.setdefault(shard, "")
+            return self._etags[shard]
+        self._etags[shard] = comparable
+        return comparable
+
+    def _check(self, shard: int) -> None:
+        try:
+            self._store.open_shard(self._dataset.urls[shard], self._dataset.fingerprints[shard]).close()
+        except DynamsError:
+            raise
+        except Exception as error:
+            raise TransientError(f"{type(error).__name__}: {error}") from error
+
+
+class Plan:
+    """What is fetched for one chunk.
+
+    Attributes:
+        ranges: by (shard, offset) of a span, the range that holds it.
+        shared: (shard, offset) of the spans that another worker fetches.
+    """
+
+    def __init__(self, ahead: ReadAhead):
+        self.ranges: dict[tuple[int, int], Range] = {}
+        self.shared: set[tuple[int, int]] = set()
+        self._ahead = ahead
+
+    def add(self, holder: Range | None, shard: int, offset: int, size: int, own: bool) -> None:
+        """A span, the range that holds it (None: another worker's), and whether it is this worker's own."""
+        if holder is not None:
+            holder.wanted.append((offset, size))
+            if own:
+                holder.uses += 1
+                self.ranges[shard, offset] = holder
+        elif own:
+            self.shared.add((shard, offset))
+
+    def forget(self) -> None:
+        """Let go of what was not read."""
+        left = {each for each in self.ranges.values() if each.uses > 0}
+        if left:
+            self._ahead.forget(left)
+        self.ranges.clear()
+        self.shared.clear()

@@ -1,0 +1,302 @@
+"""A bounded file of this machine that keeps the samples which were fetched, for later epochs and for other processes.
+
+    <folder>/samples.sqlite
+        shards       id, url, fingerprint        another fingerprint is another shard
+        generations  number, name                the rounds that were read through this cache, in order
+        samples      id, data                    id: shard · 2³¹ + offset / 512
+        uses         id, generation              the newest generation that wanted the sample
+
+SQLite keeps it whole when processes are killed, lets several processes write in turns and all of them read at once, and
+holds the file to its limit (`max_page_count`). When it is full, samples make room that neither of the two newest
+generations wanted; neighbouring rounds share most of their samples. Among the others nothing is thrown away: an epoch
+reads everything once, in a random order, so that what was used last is needed again last, and throwing away the least
+recently used would throw away what comes next.
+
+Whatever goes wrong with the disk is logged once; reading goes on without the cache.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import sqlite3
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, Final
+
+from dynams_stream.errors import UsageError
+
+logger = logging.getLogger(__name__)
+
+_VERSION: Final = 1
+_TABLES: Final = f"""
+    CREATE TABLE IF NOT EXISTS shards (id INTEGER PRIMARY KEY, url TEXT, fingerprint TEXT, UNIQUE (url, fingerprint));
+    CREATE TABLE IF NOT EXISTS generations (number INTEGER PRIMARY KEY, name TEXT);
+    CREATE TABLE IF NOT EXISTS samples (id INTEGER PRIMARY KEY, data BLOB NOT NULL);
+    CREATE TABLE IF NOT EXISTS uses (id INTEGER PRIMARY KEY, generation INTEGER NOT NULL);
+    CREATE INDEX IF NOT EXISTS by_generation ON uses (generation);
+    PRAGMA user_version = {_VERSION};
+"""
+_NEWEST: Final = "SELECT number, name FROM generations ORDER BY number DESC LIMIT 1"
+_PAGE_BYTES: Final = 4096
+_LEAST_BYTES: Final = 1 << 20
+_LOG_BYTES: Final = 16 << 20  # SQLite's write-ahead log is cut to this when it has been taken over
+_BLOCK: Final = 512
+_OFFSET_BITS: Final = 31
+_BUSY_SECONDS: Final = 0.5
+_PAUSE_SECONDS: Final = 60.0
+_FULL_SECONDS: Final = 5.0
+_REMOVED: Final = 512  # samples removed at a time
+_KEPT_GENERATIONS: Final = 2
+_ABANDONED: Final[list[Any]] = []  # connections of a parent: a forked child may neither use nor close them
+
+
+class SampleCache:
+    """Keeps samples of remote shards in a folder of this machine, within a number of bytes.
+
+    Several datasets, ranks and workers may share one folder; they should give it one limit. It can be pickled and
+    survives a fork. The folder has to be on a disk of this machine (SQLite's log does not work over a network).
+
+    Args:
+        folder: made if absent.
+        limit_bytes: the most that the samples may take on the disk, 1 MiB or more; a write-ahead log of about 16 MiB
+            comes on top.
+
+    Raises:
+        UsageError: when the limit is too small or the folder cannot be made.
+    """
+
+    def __init__(self, folder: str | os.PathLike[str], limit_bytes: int):
+        if isinstance(limit_bytes, bool) or not isinstance(limit_bytes, int) or limit_bytes < _LEAST_BYTES:
+            raise UsageError(f"limit_bytes has to be an integer from {_LEAST_BYTES:,} on; got {limit_bytes!r}")
+        self.folder = os.path.abspath(os.path.expanduser(os.fspath(folder)))
+        self.limit_bytes = limit_bytes
+        try:
+            os.makedirs(self.folder, exist_ok=True)
+        except OSError as error:
+            raise UsageError(f"{self.folder}: cannot be made a folder ({error}); give a folder on a disk") from error
+        self._start()
+
+    def _start(self) -> None:
+        self._owner = os.getpid()
+        self._reading = _Connection(self.folder, self.limit_bytes)
+        self._writing = _Connection(self.folder, self.limit_bytes)
+        self._shards: dict[tuple[str, str], int] = {}
+        self._generation = 0
+        self._generation_name: str | None = None
+        self._paused_until = 0.0
+        self._full_until = 0.0
+        self._warned = False
+
+    def __repr__(self) -> str:
+        return f"SampleCache({self.folder!r}, {self.limit_bytes})"
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"folder": self.folder, "limit_bytes": self.limit_bytes}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._start()
+
+    # ---- names -------------------------------------------------------------------------------------------------------
+
+    def begin(self, name: str) -> None:
+        """Say which selection is read from now on; processes that give the same name share a generation."""
+        self._own()
+        if name == self._generation_name:
+            return
+        with self._connected(self._writing) as database:
+            if database is None:
+                return
+            with database:
+                database.execute("BEGIN IMMEDIATE")
+                newest = database.execute(_NEWEST).fetchone()
+                if newest is None or newest[1] != name:
+                    database.execute("INSERT INTO generations (name) VALUES (?)", (name,))
+                    newest = database.execute(_NEWEST).fetchone()
+            self._generation, self._generation_name = int(newest[0]), name
+
+    def ids(self, url: str, fingerprint: str, offsets: Sequence[int]) -> list[int]:
+        """What the samples at these offsets of a shard are called here; -1 where that cannot be said."""
+        self._own()
+        shard = self._shards.get((url, fingerprint))
+        if shard is None:
+            with self._connected(self._writing) as database:
+                if database is None:
+                    return [-1] * len(offsets)
+                with database:
+                    named = (url, fingerprint)
+                    database.execute("INSERT OR IGNORE INTO shards (url, fingerprint) VALUES (?, ?)", named)
+                    found = database.execute("SELECT id FROM shards WHERE url = ? AND fingerprint = ?", named)
+                    shard = self._shards[named] = int(found.fetchone()[0])
+            if shard is None:
+                return [-1] * len(offsets)
+        base = shard << _OFFSET_BITS
+        blocks = (divmod(offset, _BLOCK) for offset in offsets)
+        return [-1 if rest or block >> _OFFSET_BITS else base | block for block, rest in blocks]
+
+    # ---- samples -----------------------------------------------------------------------------------------------------
+
+    def present(self, ids: Sequence[int]) -> set[int]:
+        """Which of these are here; from now on this generation wants them."""
+        self._own()
+        rows: list[tuple[int, int]] = []
+        with self._connected(self._reading) as database:
+            if database is not None:
+                rows = database.execute(
+                    "SELECT id, generation FROM uses WHERE id IN (SELECT value FROM json_each(?))",
+                    (json.dumps(list(ids)),),
+                ).fetchall()
+        self._want([name for name, generation in rows if generation < self._generation])
+        return {name for name, _ in rows}
+
+    def get(self, name: int, size: int) -> bytes | None:
+        """One sample of `size` bytes; None when it is not here."""
+        self._own()
+        with self._connected(self._reading) as database:
+            if database is not None:
+                found = database.execute("SELECT data FROM samples WHERE id = ?", (name,)).fetchone()
+                if found is not None and len(found[0]) == size:
+                    return bytes(found[0])
+        return None
+
+    def put(self, samples: Sequence[tuple[int, bytes | memoryview]]) -> None:
+        """Keep samples, unless there is no room for them."""
+        self._own()
+        samples = [(name, data) for name, data in samples if name >= 0]
+        if not samples or time.monotonic() < self._full_until:
+            return
+        with self._connected(self._writing) as database:
+            if database is None:
+                return
+            while not self._insert(database, samples):
+                if not self._make_room(database):
+                    self._full_until = time.monotonic() + _FULL_SECONDS
+                    return
+
+    def used_bytes(self) -> int:
+        """Bytes of the file that are in use."""
+        self._own()
+        with self._connected(self._reading) as database:
+            if database is not None:
+                pages = database.execute("PRAGMA page_count").fetchone()[0]
+                free = database.execute("PRAGMA freelist_count").fetchone()[0]
+                return int(pages - free) * _PAGE_BYTES
+        return 0
+
+    def close(self) -> None:
+        """Give open files back; they are opened again when they are needed."""
+        self._own()
+        self._reading.close()
+        self._writing.close()
+
+    # ---- inside ------------------------------------------------------------------------------------------------------
+
+    def _insert(self, database: sqlite3.Connection, samples: Sequence[tuple[int, bytes | memoryview]]) -> bool:
+        """Whether they fitted."""
+        try:
+            with database:
+                database.execute("BEGIN IMMEDIATE")
+                database.executemany("INSERT OR REPLACE INTO samples (id, data) VALUES (?, ?)", samples)
+                uses = [(name, self._generation) for name, _ in samples]
+                database.executemany("INSERT OR REPLACE INTO uses (id, generation) VALUES (?, ?)", uses)
+        except sqlite3.OperationalError as error:
+            if error.sqlite_errorcode != sqlite3.SQLITE_FULL:
+                raise
+            return False
+        return True
+
+    def _make_room(self, database: sqlite3.Connection) -> bool:
+        """Remove some samples that no new generation wants; False when there are none."""
+        with database:
+            database.execute("BEGIN IMMEDIATE")
+            oldest = database.execute(
+                "SELECT id FROM uses WHERE generation <= ? ORDER BY generation LIMIT ?",
+                (self._generation - _KEPT_GENERATIONS, _REMOVED),
+            ).fetchall()
+            database.executemany("DELETE FROM samples WHERE id = ?", oldest)
+            database.executemany("DELETE FROM uses WHERE id = ?", oldest)
+        return bool(oldest)
+
+    def _want(self, ids: Sequence[int]) -> None:
+        if not ids:
+            return
+        with self._connected(self._writing) as database:
+            if database is not None:
+                with database:
+                    database.execute("BEGIN IMMEDIATE")
+                    database.executemany(
+                        "UPDATE uses SET generation = ? WHERE id = ?", [(self._generation, name) for name in ids]
+                    )
+
+    @contextmanager
+    def _connected(self, connection: _Connection) -> Iterator[sqlite3.Connection | None]:
+        """The database for one thread at a time; None while the disk fails or others keep it locked."""
+        if time.monotonic() < self._paused_until:
+            yield None
+            return
+        with connection.mutex:
+            try:
+                yield connection.open()
+            except sqlite3.Error as error:
+                if getattr(error, "sqlite_errorcode", 0) & 0xFF in (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED):
+                    return  # others write; this one is not kept
+                connection.close()
+                self._paused_until = time.monotonic() + _PAUSE_SECONDS
+                if not self._warned:
+                    self._warned = True
+                    logger.warning("%s: the cache cannot be used (%s); going on without it", self.folder, error)
+
+    def _own(self) -> None:
+        if self._owner != os.getpid():
+            _ABANDONED.append((self._reading, self._writing))
+            self._start()
+
+
+class _Connection:
+    """A database connection that is made when it is first needed."""
+
+    def __init__(self, folder: str, limit_bytes: int):
+        self._path = os.path.join(folder, "samples.sqlite")
+        self._most_pages = limit_bytes // _PAGE_BYTES
+        self._database: sqlite3.Connection | None = None
+        self.mutex = threading.RLock()
+
+    def open(self) -> sqlite3.Connection:
+        """The open database, with its tables."""
+        if self._database is None:
+            database = sqlite3.connect(self._path, timeout=_BUSY_SECONDS, isolation_level=None, check_same_thread=False)
+            try:
+                _prepare(database, self._most_pages)
+            except BaseException:
+                database.close()
+                raise
+            self._database = database
+        return self._database
+
+    def close(self) -> None:
+        with self.mutex:
+            if self._database is not None:
+                self._database.close()
+                self._database = None
+
+
+def _prepare(database: sqlite3.Connection, most_pages: int) -> None:
+    deadline = time.monotonic() + 10 * _BUSY_SECONDS
+    while True:
+        try:
+            database.execute(f"PRAGMA page_size = {_PAGE_BYTES}")
+            database.execute("PRAGMA journal_mode = WAL")
+            break
+        except sqlite3.OperationalError:  # several processes begin at once
+            if time.monotonic() > deadline:
+                raise
+            time.sleep(0.01)
+    database.execute("PRAGMA synchronous = NORMAL")
+    database.execute(f"PRAGMA journal_size_limit = {_LOG_BYTES}")
+    if database.execute("PRAGMA user_version").fetchone()[0] != _VERSION:
+        database.executescript(f"BEGIN IMMEDIATE; {_TABLES} COMMIT;")
+    database.execute(f"PRAGMA max_page_count = {most_pages}")
