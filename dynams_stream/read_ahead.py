@@ -1,9 +1,10 @@
 """Fetches planned ranges before they are needed: many at a time, in the order of need, within a number of bytes.
 
-    submit [────][──][──────] ──► threads ask, as many as may ──► take(range) waits for its bytes ──► release(range)
+    submit [────][──][──────] ──► threads ask, as many as may ──► cut into spans ──► take(range, offset)
 
-A range counts against the budget from the moment it is asked for until it is released. Ranges are begun in the order in
-which they are first needed, so that the one that is waited for has always been begun, whatever the budget.
+A range counts against the budget from the moment it is asked for. When its bytes are here, what was read between the
+wanted spans is dropped, and each span counts until it is taken. Ranges are begun in the order in which they are first
+needed.
 
 Threads are started when there is work and end when there has been none for some seconds. Nothing here survives a fork:
 a `ReadAhead` belongs to the process that made it.
@@ -30,24 +31,29 @@ class Range:
     Attributes:
         shard: number of the shard.
         start, stop: which bytes.
-        uses: how many samples still need it.
-        wanted: (offset, size) of each sample that it was planned for.
+        spans: offset and size of the spans that are wanted of it here.
+        others: the same of spans that other processes want.
     """
 
-    __slots__ = ("begun", "data", "error", "shard", "start", "stop", "uses", "wanted")
+    __slots__ = ("begun", "error", "held", "left", "others", "shard", "spans", "start", "stop")
 
     def __init__(self, shard: int, start: int, stop: int):
         self.shard, self.start, self.stop = shard, start, stop
-        self.uses = 0
-        self.wanted: list[tuple[int, int]] = []
-        self.begun = False
-        self.data: memoryview | None = None
+        self.spans: dict[int, int] = {}
+        self.others: dict[int, int] = {}
+        self.left: dict[int, bytes] | None = None  # the spans that are here and were not taken yet
         self.error: Exception | None = None
+        self.begun = False
+        self.held = 0
 
     @property
     def size(self) -> int:
         """How many bytes it has."""
         return self.stop - self.start
+
+    def cut(self, data: memoryview) -> dict[int, bytes]:
+        """The wanted spans of its bytes."""
+        return {offset: bytes(data[offset - self.start : offset - self.start + n]) for offset, n in self.spans.items()}
 
 
 class ReadAhead:
@@ -86,44 +92,46 @@ class ReadAhead:
                 threading.Thread(target=self._run, name="dynams-read-ahead", daemon=True).start()
             self._work.notify(len(self._queue))
 
-    def take(self, wanted: Range) -> memoryview:
-        """The bytes of a range that was submitted; waits for them.
+    def take(self, wanted: Range, offset: int) -> bytes:
+        """A span of a range that was submitted; waits for it. Each span can be taken once.
 
         Raises:
-            Exception: whatever fetching it raised.
+            Exception: whatever fetching the range raised.
         """
-        if wanted.data is None and wanted.error is None:
+        if wanted.left is None and wanted.error is None:
             began = time.perf_counter()
             with self._arrived:
-                if not wanted.begun:  # ranges that are needed longer fill the budget
+                if not wanted.begun:  # what was fetched before is needed later, and fills the budget
                     self._queue.remove(wanted)
                     self._queue.appendleft(wanted)
                     self._overdue = True
                     self._work.notify()
-                while wanted.data is None and wanted.error is None:
+                while wanted.left is None and wanted.error is None:
                     self._arrived.wait()
             self.waited += time.perf_counter() - began
         if wanted.error is not None:
             raise wanted.error
-        assert wanted.data is not None
-        return wanted.data
-
-    def release(self, done: Range) -> None:
-        """Let go of a range's bytes: nobody needs them any more."""
+        assert wanted.left is not None
+        data = wanted.left.pop(offset)
         with self._work:
-            done.data = None
-            if done.begun:
-                done.begun = False
-                self._held -= done.size
-                self._work.notify()
+            self._let_go(wanted, len(data))
+        return data
 
     def forget(self, ranges: Iterable[Range]) -> None:
         """Let go of ranges, those that are only waiting their turn included."""
         dropped = set(ranges)
         with self._work:
             self._queue = deque(each for each in self._queue if each not in dropped)
-        for each in dropped:
-            self.release(each)
+            for each in dropped:
+                each.begun = False
+                self._let_go(each, each.held)
+
+    def _let_go(self, holder: Range, size: int) -> None:
+        """Bytes that do not count any more; the condition is held."""
+        holder.held -= size
+        self._held -= size
+        if self._queue and self._may_begin(self._queue[0]):
+            self._work.notify()
 
     def close(self) -> None:
         """Begin nothing more; what is under way ends by itself."""
@@ -142,14 +150,15 @@ class ReadAhead:
 
     def _run(self) -> None:
         while (mine := self._next()) is not None:
-            data, error = None, None
+            spans, error = None, None
             try:
-                data = memoryview(self._fetch(mine, self._stopped))
+                spans = mine.cut(memoryview(self._fetch(mine, self._stopped)))
             except Exception as failure:  # noqa: BLE001 (raised where the bytes are needed)
                 error = failure
             with self._arrived:
                 if mine.begun:  # else it was let go of meanwhile
-                    mine.data, mine.error = data, error
+                    mine.left, mine.error = spans, error
+                    self._let_go(mine, mine.held - sum(map(len, (spans or {}).values())))
                     self._arrived.notify_all()
 
     def _next(self) -> Range | None:
@@ -161,6 +170,7 @@ class ReadAhead:
                 if self._queue and self._may_begin(self._queue[0]):
                     mine = self._queue.popleft()
                     mine.begun, self._overdue = True, False
+                    mine.held = mine.size
                     self._held += mine.size
                     self._idle -= 1
                     if self._queue and self._may_begin(self._queue[0]):

@@ -29,7 +29,7 @@ class RemoteOptions:
 
     in_flight: int = 64
     latency: float = 0.03
-    bandwidth: float = 500e6
+    bandwidth: float = 100e6
     gap: int | None = None
     longest: int = 8 << 20
     read_ahead: int = 64 << 20

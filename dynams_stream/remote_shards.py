@@ -131,13 +131,9 @@ class RemoteShards:
             ShardMissingError, ShardChangedError: when the shard is gone, or not what was indexed.
             ShardUnreadableError: when it cannot be read before the deadline.
         """
-        mine = plan.ranges.get((shard, offset)) if plan is not None else None
+        mine = plan.ranges.pop((shard, offset), None) if plan is not None else None
         if mine is not None:
-            data = bytes(self._ahead.take(mine)[offset - mine.start : offset - mine.start + size])
-            mine.uses -= 1
-            if mine.uses == 0:
-                self._ahead.release(mine)
-            return data
+            return self._ahead.take(mine, offset)
         if self._cache is not None:
             shared = plan is not None and (shard, offset) in plan.shared
             found = self._from_cache(shard, offset, size, _PATIENCE if shared else 0.0)
@@ -145,7 +141,7 @@ class RemoteShards:
                 self._count(bytes_cached=size)
                 return found
         alone = Range(shard, offset, offset + size)
-        alone.wanted.append((offset, size))
+        alone.spans[offset] = size
         return bytes(self._fetch(alone, _NEVER))
 
     def take_waited(self) -> float:
@@ -190,11 +186,12 @@ class RemoteShards:
         self._count(bytes_read=wanted.size)
         data = memoryview(answer.data)
         if self._cache is not None:
-            names = self._names(wanted.shard, [offset for offset, _ in wanted.wanted])
+            kept = {**wanted.spans, **wanted.others}
+            names = self._names(wanted.shard, list(kept))
             self._cache.put(
                 [
                     (name, data[offset - wanted.start : offset - wanted.start + size])
-                    for name, (offset, size) in zip(names, wanted.wanted, strict=True)
+                    for name, (offset, size) in zip(names, kept.items(), strict=True)
                 ]
             )
         return data
@@ -242,17 +239,15 @@ class Plan:
     def add(self, holder: Range | None, shard: int, offset: int, size: int, own: bool) -> None:
         """A span, the range that holds it (None: another worker's), and whether it is this worker's own."""
         if holder is not None:
-            holder.wanted.append((offset, size))
+            (holder.spans if own else holder.others)[offset] = size
             if own:
-                holder.uses += 1
                 self.ranges[shard, offset] = holder
         elif own:
             self.shared.add((shard, offset))
 
     def forget(self) -> None:
         """Let go of what was not read."""
-        left = {each for each in self.ranges.values() if each.uses > 0}
-        if left:
-            self._ahead.forget(left)
+        if self.ranges:
+            self._ahead.forget(self.ranges.values())
         self.ranges.clear()
         self.shared.clear()

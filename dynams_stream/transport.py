@@ -36,6 +36,7 @@ _AGAIN: Final = frozenset({408, 425, 429, 500, 502, 503, 504})
 _SLOW_DOWN: Final = frozenset({429, 503})
 _QUOTE: Final = '"'
 _used_by: int | None = None  # the process in which obstore was first used
+_warned: int | None = None  # the forked process that has said so
 
 
 class Answer(NamedTuple):
@@ -140,16 +141,16 @@ def _if_match(etag: str) -> str:
 
 def _may_use_obstore() -> bool:
     """Whether this process can use obstore; remembers that it does."""
-    global _used_by
+    global _used_by, _warned
     if _used_by is None:
         _used_by = os.getpid()
-    if _used_by == os.getpid():
-        return True
-    logger.warning(
-        "this process was forked after its parent had read from an object store, which obstore does not survive: going "
-        "on through fsspec, which is several times slower; give the DataLoader multiprocessing_context='forkserver'"
-    )
-    return False
+    if _used_by != os.getpid() and _warned != os.getpid():
+        _warned = os.getpid()
+        logger.warning(
+            "this process was forked after its parent had read from an object store, which obstore does not survive: "
+            "going on through fsspec, several times slower; give the DataLoader multiprocessing_context='forkserver'"
+        )
+    return _used_by == os.getpid()
 
 
 # ---- obstore ---------------------------------------------------------------------------------------------------------
