@@ -11,6 +11,9 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from dynams_stream.proxy import ParameterSharingProxy
+    from dynams_stream.remote_options import RemoteOptions
+    from dynams_stream.sample_cache import SampleCache
+    from dynams_stream.samples import SelectedSamples
     from dynams_stream.schedule import LinearSchedule, PowerSchedule
     from dynams_stream.scorer import ScorerSpec
     from dynams_stream.selection import Selection
@@ -21,9 +24,12 @@ _MODULES = {
     "LinearSchedule": "schedule",
     "ParameterSharingProxy": "proxy",
     "PowerSchedule": "schedule",
+    "RemoteOptions": "remote_options",
     "Round": "store",
+    "SampleCache": "sample_cache",
     "ScorerSpec": "scorer",
     "SelectedDataset": "stream",
+    "SelectedSamples": "samples",
     "Selection": "selection",
     "Store": "store",
 }
@@ -32,9 +38,12 @@ __all__ = [
     "LinearSchedule",
     "ParameterSharingProxy",
     "PowerSchedule",
+    "RemoteOptions",
     "Round",
+    "SampleCache",
     "ScorerSpec",
     "SelectedDataset",
+    "SelectedSamples",
     "Selection",
     "Store",
 ]

@@ -150,6 +150,11 @@ class SampleReader:
         return self._remote is not None
 
     @property
+    def has_files(self) -> bool:
+        """Whether some shards are files of this machine, whose reading is for one thread at a time."""
+        return not self._is_remote.all()
+
+    @property
     def shares(self) -> bool:
         """Whether workers of a rank can share what they fetch."""
         return self._remote is not None and self._cache is not None

@@ -1,6 +1,4 @@
-"""The source of a `SelectedDataset`'s pipeline: one iteration of this process's share of an epoch.
-
-    place ──► content (dataset, selection) ──► order ──► positions of this rank and worker ──► records ──► samples
+"""The source of a `SelectedDataset`'s pipeline: what is read, which part of it is this process's, and iterations of it.
 
 A `Source` is shared by all copies of a dataset in a process; each iteration is a `Pass`, whose split is fixed when it
 begins.
@@ -8,49 +6,27 @@ begins.
 
 from __future__ import annotations
 
-import hashlib
 import logging
-import os
-from collections import deque
-from collections.abc import Callable, Generator, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Any
 
-import numpy as np
-import numpy.typing as npt
 import torch.distributed as dist
-from torch.utils.data import get_worker_info
 from webdataset.utils import PipelineStage
 
-from dynams_stream.dataset import Dataset
-from dynams_stream.errors import DynamsError, RoundNotFoundError, SampleError, ShardError, StateError, StoreError
-from dynams_stream.order import (
-    EpochOrder,
-    default_lanes,
-    rank_length,
-    rank_positions,
-    substitute,
-    window_length,
-    worker_length,
-    worker_samples,
-)
-from dynams_stream.progress import EVERYTHING, Control, Place
-from dynams_stream.reading import Chunk, Sample, SampleReader
-from dynams_stream.reading import Place as SamplePlace
+from dynams_stream.content import Content, find_content, read_content
+from dynams_stream.errors import DynamsError, StateError, StoreError
+from dynams_stream.iteration import Pass
+from dynams_stream.order import default_lanes, rank_length, window_length
+from dynams_stream.own_reader import OwnReader
+from dynams_stream.progress import Control, Place
+from dynams_stream.reading import Sample, SampleReader
 from dynams_stream.remote_options import RemoteOptions
 from dynams_stream.sample_cache import SampleCache
-from dynams_stream.selection import Selection
 from dynams_stream.stats import Counters
 from dynams_stream.store import Store
 
 logger = logging.getLogger(__name__)
-
-Integers = npt.NDArray[np.int64]
-
-_FIRST_CHUNK: Final = 128  # small, for an early first batch
-_CHUNK_LANES: Final = 16  # a chunk takes about this many samples of each lane, so that looking up a shard pays
-_NOTHING: Final[Sample] = {}
-_INHERITED: Final[list[SampleReader]] = []  # readers of a parent: a forked child may neither use nor take them down
 
 
 @dataclass(frozen=True)
@@ -70,22 +46,6 @@ class Options:
     cache: SampleCache | None
 
 
-@dataclass(frozen=True, eq=False)
-class Content:
-    """The dataset version and the selection that a place names."""
-
-    round: int
-    version: int
-    dataset: Dataset
-    selection: Selection
-
-    @property
-    def check(self) -> int:
-        """A number that stands for the dataset and the selection; equal in all processes that read the same."""
-        digest = hashlib.sha256(f"{self.dataset.digest} {self.selection.digest}".encode()).digest()
-        return int.from_bytes(digest[:7])
-
-
 class Source(PipelineStage):  # type: ignore[misc]
     """First stage of the pipeline: yields this process's samples."""
 
@@ -100,21 +60,12 @@ class Source(PipelineStage):  # type: ignore[misc]
         self._given_split = split is not None
         self._split = split or (0, 1)
         self._content: Content | None = None
-        self._reader: SampleReader | None = None
-        self._reader_of: tuple[int, str] | None = None
+        self._reader = OwnReader(store, remote=options.remote, cache=options.cache, count=self.counters.add)
 
     def __getstate__(self) -> dict[str, Any]:
         """What another process needs; open files and tables are made anew there."""
         self.split()
-        left_out: dict[str, Any] = {
-            "newest": None,
-            "resumed": None,
-            "_content": None,
-            "_reader": None,
-            "_reader_of": None,
-            "reported": set(),
-        }
-        return self.__dict__ | left_out
+        return self.__dict__ | {"newest": None, "resumed": None, "_content": None, "reported": set()}
 
     def run(self) -> Iterator[Sample]:
         """Begin an iteration, as webdataset's pipelines ask for it."""
@@ -143,11 +94,11 @@ class Source(PipelineStage):  # type: ignore[misc]
         """
         rank, ranks = self.split()
         if self._given_split or ranks == 1:
-            return self._look_up(which)
+            return find_content(self.store, which)
         found: Any = None
         if rank == 0:
             try:
-                found = self._look_up(which)
+                found = find_content(self.store, which)
             except Exception as error:  # noqa: BLE001 (the other ranks wait: whatever it is, they have to hear of it)
                 found = error if isinstance(error, DynamsError) else StoreError(f"{self.store.url}: {error!r}")
         answers: list[Any] = [None] * ranks
@@ -164,59 +115,16 @@ class Source(PipelineStage):  # type: ignore[misc]
         number, version = found
         return number, version
 
-    def _look_up(self, which: int | str | None) -> tuple[int, int]:
-        if which is not None:
-            try:
-                found = self.store.round(which)
-                return found.number, int(found.manifest["dataset"]["version"])
-            except RoundNotFoundError:
-                if which != "latest":
-                    raise
-        versions = self.store.dataset_versions()
-        return EVERYTHING, versions[-1] if versions else self.store.dataset().version
-
     def content(self, place: Place) -> Content:
         """The dataset and selection of a place, kept until another is asked for."""
         known = self._content
         if known is None or (known.round, known.version) != (place.round, place.version):
-            self._content = known = self._load(place, known)
+            self._content = known = read_content(self.store, place.round, place.version, known)
         return known
 
-    def _load(self, place: Place, known: Content | None) -> Content:
-        if place.round == EVERYTHING:
-            dataset = known.dataset if known and known.version == place.version else self.store.dataset(place.version)
-            selection = Selection.everything(dataset.counts, dataset.digest)
-            return Content(EVERYTHING, place.version, dataset, selection)
-        found = self.store.round(place.round)
-        recorded = found.manifest["dataset"]
-        if known and (known.dataset.version, known.dataset.digest) == (recorded["version"], recorded["digest"]):
-            dataset = known.dataset
-        else:
-            dataset = found.dataset()
-        selection = found.selection()
-        if len(selection.counts) != len(dataset.counts):
-            raise StoreError(
-                f"{self.store.url}: round {place.round} selects from {len(selection.counts)} shards, dataset version "
-                f"{dataset.version} has {len(dataset.counts)}; select again"
-            )
-        return Content(place.round, place.version, dataset, selection)
-
     def reader(self, content: Content) -> SampleReader:
-        """This process's reader of the dataset; files and connections are never shared through a fork."""
-        owner = (os.getpid(), content.dataset.digest)
-        if self._reader is None or self._reader_of != owner:
-            if self._reader is not None and self._reader_of is not None:
-                if self._reader_of[0] == os.getpid():
-                    self._reader.close()
-                else:
-                    _INHERITED.append(self._reader)
-            self._reader, self._reader_of = self.new_reader(content.dataset), owner
-        return self._reader
-
-    def new_reader(self, dataset: Dataset) -> SampleReader:
-        """A reader of `dataset` for this process."""
-        options = self.options
-        return SampleReader(self.store, dataset, remote=options.remote, cache=options.cache, count=self.counters.add)
+        """This process's reader of the dataset."""
+        return self._reader.of(content.dataset)
 
     def length(self) -> int:
         """How many samples this rank yields in the current epoch, from its start."""
@@ -258,182 +166,6 @@ class Source(PipelineStage):  # type: ignore[misc]
         return self.newest
 
 
-class Pass:
-    """One iteration of this process's share.
-
-    Args:
-        source: whose iteration it is.
-        place: epoch, round and start.
-        yielded: how many of its own samples from `start` on it has yielded before (a resumed worker).
-        refusal: why no state can be given, if so.
-
-    Attributes:
-        yielded: how many of its own samples it has yielded since `place.start`.
-        own_length: how many there are.
-
-    Raises:
-        StateError: when this worker reads another selection than the main process.
-    """
-
-    def __init__(self, source: Source, place: Place, yielded: int, refusal: str | None):
-        self.source, self.place, self.yielded, self.refusal = source, place, yielded, refusal
-        self.options = source.options
-        self.content = source.content(place)
-        if self.content.check != place.check:
-            raise StateError(
-                f"{source.store.url}: round {place.round} is not here what it is in the main process; "
-                f"let all processes see the same store, and never change a published round"
-            )
-        self.rank, self.ranks = source.split()
-        worker = get_worker_info()
-        self.worker, self.workers = (0, 1) if worker is None else (worker.id, worker.num_workers)
-        self.total = self.content.selection.total
-        self.order = EpochOrder(
-            self.content.selection.counts,
-            seed=self.options.seed,
-            epoch=place.epoch,
-            lanes=place.lanes or None,
-            window=place.window or None,
-            shuffle=self.options.shuffle,
-        )
-        self.rank_length = rank_length(self.total - place.start, self.ranks, self.rank, self.options.tail)
-        self.own_length = worker_length(self.rank_length, self.worker, self.workers, self.options.batch_size)
-        self.errors = 0
-        self._chunk_start = 0
-        self._chunk: Chunk | None = None
-
-    def __iter__(self) -> Iterator[Any]:
-        reader = self.source.reader(self.content)
-        if self.options.cache is not None and reader.fetches:
-            self.options.cache.begin(self.content.selection.digest)
-        prepare, chunks = self.options.prepare, self._chunks(reader)
-        try:
-            for chunk, positions in chunks:
-                self._chunk, extras, number = chunk, chunk.extras, 0
-                first = self._chunk_start = self.yielded
-                try:
-                    while number < len(chunk):
-                        try:
-                            for sample in reader.samples(chunk, number):
-                                if extras:
-                                    sample.update(extras.get(self.yielded - first, _NOTHING))
-                                if prepare is not None:
-                                    sample = prepare(sample)
-                                self.yielded += 1
-                                yield sample
-                        except Exception as error:  # noqa: BLE001 (raised as a typed error there, or skipped and counted)
-                            number = self.yielded - first
-                            sample = self._stand_in(error, chunk, number, int(positions[number]), reader)
-                            self.yielded += 1
-                            yield sample
-                        number = self.yielded - first
-                finally:
-                    reader.account(chunk, self.yielded - first)
-                    chunk.forget()
-        finally:
-            chunks.close()
-
-    # ---- chunks ------------------------------------------------------------------------------------------------------
-
-    def _chunks(self, reader: SampleReader) -> Generator[tuple[Chunk, Integers]]:
-        """This process's samples in order, and their positions; the next chunk is under way when one is given."""
-        ahead: deque[tuple[Chunk, Integers]] = deque()
-        try:
-            for first, stop, shared in self._cuts(reader):
-                ahead.append(self._shared(reader, first, stop) if shared else self._own(reader, first, stop))
-                while len(ahead) > int(reader.fetches):
-                    yield ahead.popleft()
-            while ahead:
-                yield ahead.popleft()
-        finally:
-            for chunk, _ in ahead:
-                chunk.forget()
-
-    def _cuts(self, reader: SampleReader) -> Iterator[tuple[int, int, bool]]:
-        """First and last + 1 of the process's own samples in each chunk, and whether workers fetch it together."""
-        largest = reader.chunk_length(self.order.lanes * _CHUNK_LANES)
-        first, size = self.yielded, min(_FIRST_CHUNK, largest)
-        together = self.workers > 1 and reader.shares
-        if together:  # the same cuts in all workers, however much each has yielded before
-            batch = self.options.batch_size or 1
-            size = largest = max(1, largest // (batch * self.workers)) * batch
-        while first < self.own_length:
-            stop = min(first - first % size + size if together else first + size, self.own_length)
-            yield first, stop, together and first % size == 0
-            first, size = stop, min(4 * size, largest)
-
-    def _own(self, reader: SampleReader, first: int, stop: int) -> tuple[Chunk, Integers]:
-        samples = worker_samples(first, stop, self.worker, self.workers, self.options.batch_size)
-        positions, padded = self._positions(samples)
-        return self._look_up(reader, positions, padded), positions
-
-    def _shared(self, reader: SampleReader, first: int, stop: int) -> tuple[Chunk, Integers]:
-        """As `_own`, planned over what all workers of the rank read meanwhile."""
-        batch = self.options.batch_size or 1
-        samples = np.arange(first * self.workers, min(stop * self.workers, self.rank_length), dtype=np.int64)
-        workers = samples // batch % self.workers
-        positions, padded = self._positions(samples)
-        chunk = self._look_up(reader, positions, padded, workers)
-        return chunk, positions[workers == self.worker]
-
-    def _positions(self, samples: Integers) -> tuple[Integers, npt.NDArray[np.bool_]]:
-        return rank_positions(samples, self.total, self.ranks, self.rank, self.place.start)
-
-    def _look_up(
-        self,
-        reader: SampleReader,
-        positions: Integers,
-        padded: npt.NDArray[np.bool_],
-        workers: Integers | None = None,
-    ) -> Chunk:
-        shards, places = self.order.locate(positions)
-        marks = padded if self.options.tail == "pad" else None
-        selection = self.content.selection
-        return reader.look_up(shards, places, selection, padded=marks, workers=workers, worker=self.worker)
-
-    # ---- trouble -----------------------------------------------------------------------------------------------------
-
-    def _stand_in(self, error: Exception, chunk: Chunk, number: int, position: int, reader: SampleReader) -> Any:
-        """The sample that takes the place of one that failed (`order.substitute`), when skipping is allowed."""
-        failed = chunk.place(number)
-        padded = np.array(["__pad__" in chunk.extras.get(number, _NOTHING)])
-        for attempt in range(1, self.total + 1):
-            self._skip(error, failed)
-            other = self._look_up(reader, np.array([substitute(position, attempt, self.total)]), padded)
-            failed = other.place(0)
-            try:
-                (sample,) = reader.samples(other)
-                sample.update(other.extras.get(0, _NOTHING))
-                return sample if self.options.prepare is None else self.options.prepare(sample)
-            except Exception as next_error:  # noqa: BLE001 (as in _samples_of)
-                error = next_error
-            finally:
-                other.forget()
-        raise SampleError(f"none of the {self.total} selected samples can be read; the last error: {error}") from error
-
-    def _skip(self, error: Exception, failed: SamplePlace) -> None:
-        """Count and log a sample that is skipped, or raise when that is not allowed."""
-        named = name_error(error, failed)
-        if self.options.on_error == "raise":
-            raise named from error
-        self.errors += 1
-        self.source.counters.add(skipped=1)
-        skipped = self.source.control.count_skip(self.errors)
-        if skipped > self.options.max_errors:
-            message = f"{named} (error {skipped} of this iteration, max_errors={self.options.max_errors})"
-            raise SampleError(message, shard=named.shard, row=named.row, key=named.key) from error
-        if (failed.shared.shard, failed.row) not in self.source.reported:
-            self.source.reported.add((failed.shared.shard, failed.row))
-            logger.warning("skipped (%d of at most %d): %s", skipped, self.options.max_errors, named)
-
-    def blame(self, error: Exception) -> DynamsError:
-        """A typed error for a later stage's, with the sample that the stage was given last."""
-        number = self.yielded - self._chunk_start - 1
-        if self._chunk is None or number < 0:
-            return SampleError(f"a stage of the pipeline failed before it got a sample: {_told(error)}")
-        return name_error(error, self._chunk.place(number))
-
-
 def warn_of_other_epoch(told: Place, resumed: Place) -> None:
     """Say so when a state goes on with another epoch than the one that set_epoch chose."""
     if told.chosen and told.epoch != resumed.epoch:
@@ -443,19 +175,3 @@ def warn_of_other_epoch(told: Place, resumed: Place) -> None:
             resumed.epoch,
             resumed.start,
         )
-
-
-def name_error(error: Exception, sample: SamplePlace) -> DynamsError:
-    """A typed error that names shard, row and key; of the same kind when the shard itself is the trouble."""
-    text = f"{sample.url}: row {sample.row}, key {sample.key!r}: {_told(error)}"
-    kind: type[DynamsError] = type(error) if isinstance(error, ShardError) else SampleError
-    if not isinstance(error, DynamsError):
-        text += "; repair the sample, or skip such samples in `prepare` with on_error='skip'"
-    return kind(text, shard=sample.url, row=sample.row, key=sample.key)
-
-
-def _told(error: BaseException) -> str:
-    if isinstance(error, DynamsError):
-        return str(error)
-    text = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
-    return text if error.__cause__ is None else f"{text} ({_told(error.__cause__)})"

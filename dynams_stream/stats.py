@@ -52,7 +52,7 @@ class Counters:
     def __init__(self) -> None:
         self._shared: torch.Tensor = _zeros()
         self._owner = os.getpid()
-        self._mutex = _Mutex()
+        self._mutex = OwnMutex()
 
     def add(self, **counts: float) -> None:
         """Add to this process's own counts, from any thread; names are those of `Stats`."""
@@ -74,16 +74,17 @@ class Counters:
         return row
 
 
-class _Mutex:
+class OwnMutex:
     """A lock for each process: one that a thread held while it was forked would never be free in the child."""
 
     def __init__(self) -> None:
         self._lock, self._pid = threading.Lock(), os.getpid()
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _Mutex, ()
+        return OwnMutex, ()
 
     def own(self) -> threading.Lock:
+        """This process's lock."""
         if self._pid != os.getpid():
             self._lock, self._pid = threading.Lock(), os.getpid()
         return self._lock

@@ -13,12 +13,13 @@ from webdataset.pipeline import DataPipeline
 
 from dynams_stream import progress
 from dynams_stream.errors import DynamsError, RoundNotFoundError, StateError, UsageError
+from dynams_stream.iteration import Pass
 from dynams_stream.order import ALGORITHM_VERSION, TAILS
 from dynams_stream.pickle_guard import GuardedDecoder, guarded_patterns
 from dynams_stream.progress import EVERYTHING, Place, State, finished_or
 from dynams_stream.remote_options import RemoteOptions
 from dynams_stream.sample_cache import SampleCache
-from dynams_stream.source import Options, Pass, Source, warn_of_other_epoch
+from dynams_stream.source import Options, Source, warn_of_other_epoch
 from dynams_stream.stages import Batches, holds_back, stage_name
 from dynams_stream.stats import Stats
 from dynams_stream.store import Store, round_number

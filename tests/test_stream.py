@@ -159,7 +159,7 @@ def test_few_open_files_and_a_small_index_cache_are_enough(store: Store, monkeyp
     monkeypatch.setattr(reading, "MemberTables", functools.partial(MemberTables, budget=1))
     dataset = SelectedDataset(store)
     assert list(dataset) == whole
-    reader = dataset.pipeline[0]._reader
+    reader = dataset.pipeline[0]._reader._reader
     assert len(reader._local._readers) <= 2
     assert len(reader.tables._pieces) <= 4  # as many as one chunk needs
 
