@@ -20,7 +20,7 @@ import numpy.typing as npt
 
 from dynams_stream import ranges, storage
 from dynams_stream.dataset import Dataset
-from dynams_stream.errors import ShardError, ShardUnreadableError
+from dynams_stream.errors import ShardError
 from dynams_stream.store import Store
 
 Integers = npt.NDArray[np.int64]
@@ -78,13 +78,7 @@ class LocalShards:
         """
         if shard not in self.descriptors:
             self.open(shard)
-        try:
-            return self._readers[shard].pread(offset, size)
-        except OSError as error:
-            raise ShardUnreadableError(
-                f"{self._readers[shard].path}: {size} bytes at {offset} cannot be read ({error}); check the disk",
-                shard=self._dataset.urls[shard],
-            ) from error
+        return self._readers[shard].pread(offset, size)
 
     def begin_chunk(self, shards: Integers, offsets: Integers, sizes: Integers) -> None:
         """Say what is read next.

@@ -20,7 +20,7 @@ import numpy.typing as npt
 
 from dynams_stream import storage
 from dynams_stream.dataset import Dataset
-from dynams_stream.errors import ShardUnreadableError, StoreError
+from dynams_stream.errors import StoreError
 from dynams_stream.local_shards import LocalShards
 from dynams_stream.members import Found, MemberTables
 from dynams_stream.remote_options import RemoteOptions
@@ -289,10 +289,10 @@ class SampleReader:
             if 0 <= span <= _ONE_READ:
                 try:
                     data = pread(descriptor, span, offset)
-                except OSError as error:
-                    raise _unreadable(head["__url__"], offset, span, error) from error
+                except OSError:
+                    data = b""
                 if len(data) != span:
-                    data = local.pread(shard, offset, span)
+                    data = local.pread(shard, offset, span)  # once more, with all that can be said of the failure
                 for name, begin, end in zip(names, bounds, bounds):  # noqa: B905 (they go on with the next sample's)
                     sample[name] = data[begin:end]
             else:
@@ -355,8 +355,3 @@ def _costs(found: Found) -> Integers:
     used = found.sums(found.bounds[:, 1] - found.bounds[:, 0])
     at_once = (found.spans >= 0) & (found.spans <= _ONE_READ)
     return np.stack([used, np.where(at_once, found.spans, used), np.where(at_once, 1, found.lengths)], axis=1)
-
-
-def _unreadable(url: str, offset: int, size: int, error: OSError) -> ShardUnreadableError:
-    """What to raise when a disk fails."""
-    return ShardUnreadableError(f"{url}: {size} bytes at {offset} cannot be read ({error}); check the disk", shard=url)

@@ -129,15 +129,18 @@ class LocalReader:
         self.modified = status.st_mtime_ns
 
     def pread(self, offset: int, size: int) -> bytes:
-        data = os.pread(self.descriptor, size, offset)
-        if len(data) == size:
-            return data
-        pieces = [data]  # a signal or a network file system may cut a read short; only an empty read is the end
-        while data and size > sum(map(len, pieces)):
-            done = sum(map(len, pieces))
-            data = os.pread(self.descriptor, size - done, offset + done)
-            pieces.append(data)
-        data = b"".join(pieces)
+        pieces: list[bytes] = []
+        done = 0
+        try:
+            # a signal or a network file system may cut a read short; only an empty read is the end
+            while done < size and (data := os.pread(self.descriptor, size - done, offset + done)):
+                pieces.append(data)
+                done += len(data)
+        except OSError as error:
+            raise ShardUnreadableError(
+                f"{self.path}: {size} bytes at {offset} cannot be read ({error}); check the disk", shard=self.path
+            ) from error
+        data = pieces[0] if len(pieces) == 1 else b"".join(pieces)
         if len(data) != size:
             raise ShardChangedError(short_message(self.path, offset, size, len(data)), shard=self.path)
         return data

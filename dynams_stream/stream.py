@@ -157,12 +157,12 @@ class SelectedDataset(DataPipeline, FluidInterface):  # type: ignore[misc]
                     f"the state that was loaded for epoch {epoch} is of {_round_name(place.round)}, set_epoch asks for "
                     f"{_round_name(named)}; ask for the state's, or make the dataset anew to start the epoch over"
                 )
-            self._agree(epoch, place.round or None, place.start)
+            self._agree(epoch, which, place)
             return
         self._publish(epoch, which, chosen=True)
 
     def _publish(self, epoch: int, which: int | str | None, *, chosen: bool) -> None:
-        number, version = self._agree(epoch, which, 0)
+        number, version = self._agree(epoch, which, None)
         options = self._source.options
         self._tell(
             Place(
@@ -175,12 +175,13 @@ class SelectedDataset(DataPipeline, FluidInterface):  # type: ignore[misc]
             )
         )
 
-    def _agree(self, epoch: int, which: int | str | None, start: int) -> tuple[int, int]:
-        """The round and dataset version that all ranks read."""
+    def _agree(self, epoch: int, which: int | str | None, loaded: Place | None) -> tuple[int, int]:
+        """The round and dataset version that all ranks read: what `which` means now, or what a loaded state says."""
         options = self._source.options
         same = ("seed", "shuffle", "lanes", "window", "tail", "batch_size")
-        asked = {"epoch": epoch, "round": which, "position": start, **{name: getattr(options, name) for name in same}}
-        return self._source.resolve(which, asked)
+        asked = {"epoch": epoch, "round": which, "position": 0 if loaded is None else loaded.start}
+        asked |= {name: getattr(options, name) for name in same}
+        return self._source.resolve(which if loaded is None else loaded.round or None, asked)
 
     def _tell(self, place: Place) -> None:
         content = self._source.content(place)  # here already: errors show up here, forked workers inherit it
@@ -203,7 +204,12 @@ class SelectedDataset(DataPipeline, FluidInterface):  # type: ignore[misc]
         """
         if self.repetitions != 1:  # webdataset's with_epoch and repeat
             return super().__iter__()  # type: ignore[no-any-return]
-        begun = self._source.begin(self._refusal())
+        try:
+            begun = self._source.begin(self._refusal())
+        except DynamsError as error:
+            if get_worker_info() is None:
+                raise
+            return _raising(error)
         if len(self.pipeline) == 1:
             return iter(begun)
         stream: Iterator[Any] = iter(begun)
@@ -413,6 +419,12 @@ class SelectedDataset(DataPipeline, FluidInterface):  # type: ignore[misc]
                     f".map or `prepare`, or leave it out (the order is shuffled already, and .batched(n) is fine)"
                 )
         return None
+
+
+def _raising(error: Exception) -> Iterator[Any]:
+    """Raises at the first sample: an error in `iter` would end a persistent worker before it could say why."""
+    raise error
+    yield
 
 
 def _watched(stream: Iterator[Any], begun: Pass) -> Iterator[Any]:

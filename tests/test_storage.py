@@ -79,8 +79,10 @@ def test_a_missing_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(fsspec, "filesystem", missing)
     with pytest.raises(MissingExtraError, match=re.escape("pip install 'dynams-stream[s3]'")):
         storage.open_reader("s3://bucket/a.tar")
-    with pytest.raises(MissingExtraError, match=re.escape("fsspec's package for abfs://")):
-        storage.exists("abfs://bucket/a.tar")
+    with pytest.raises(MissingExtraError, match=re.escape("pip install 'dynams-stream[azure]'")):
+        storage.exists("az://bucket/a.tar")
+    with pytest.raises(MissingExtraError, match=re.escape("fsspec's package for sftp://")):
+        storage.exists("sftp://host/a.tar")
 
 
 def test_an_unknown_protocol_is_named() -> None:
