@@ -29,7 +29,7 @@ PARTS_AT_LEAST = 16
 """Small datasets are cut into about so many parts, to feed several workers."""
 PART_SAMPLES = 100_000
 """Samples of a part, between the two."""
-_FOOTERS_KEPT = 64
+_FOOTERS_KEPT = 16
 
 
 @dataclass(frozen=True, eq=False)

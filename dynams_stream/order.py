@@ -4,16 +4,19 @@ The global order is a pure function of (selected rows per shard, seed, epoch, la
 nothing of ranks, workers or batches, which is why a run can be resumed on any number of them:
 
     shards   b c a                                  permuted by (seed, epoch)
-    rows     b0 b1 b2 b3 c0 c1 c2 a0 a1 a2 a3       their selected rows, one after the other: N = 11
-    lanes    0: b0 b1 b2 b3                         cut into L = 3 lanes; lane l gets the longer length
-             1: c0 c1 c2 a0                         while l < N mod L
-             2: a1 a2 a3
-    windows  0: b1 b0 b2 b3                         inside a lane, items are shuffled in windows of W
-             1: c2 c0 c1 a0
-             2: a2 a3 a1
-    order    b1 c2 a2 | b0 c0 a3 | b2 c1 a1 | b3 a0   position p is item p // L of lane p mod L
+    rows     b2 b3 b0 b1 c0 c1 c2 a0 a1 a2 a3       their selected rows, each shard's from a row of its own on: N = 11
+    lanes    0: b2 b3 b0 b1                         cut into L = 3 stretches, which become lanes in a permuted order;
+             2: c0 c1 c2                            lane l gets the longer length while l < N mod L
+             1: a0 a1 a2 a3
+    windows  0: b3 b2 b0 b1                         inside a lane, items are shuffled in windows of W
+             1: a2 a0 a1 a3
+             2: c1 c2 c0
+    order    b3 a2 c1 | b2 a0 c2 | b0 a1 c0 | b1 a3   position p is item p // L of lane p mod L
 
-(That is seed 0, epoch 0, three lanes over shards of 4, 4 and 3 selected rows.)
+(That is seed 0, epoch 0, three lanes over shards of 4, 4 and 3 selected rows.) A batch takes its samples from as many
+places of the dataset as there are lanes, so that windows may be short. Each shard begins at a row of its own, or lanes
+would go through shards that are sorted inside in step; and lanes that follow each other are not neighbours, or a batch
+smaller than L would come from a part of the dataset.
 
 Rank r takes every R-th position, from r on, so that with R dividing L it owns whole lanes and reads only their shards.
 With 11 samples over 4 ranks (`|` parts the steps):
@@ -44,7 +47,7 @@ from typing import Final, Literal, get_args
 import numpy as np
 import numpy.typing as npt
 
-ALGORITHM_VERSION: Final = 1
+ALGORITHM_VERSION: Final = 2
 """Raised whenever the same inputs give another order; a state of another version is refused."""
 
 Tail = Literal["drop", "pad", "wrap", "keep"]
@@ -53,17 +56,17 @@ TAILS: Final[tuple[str, ...]] = get_args(Tail)
 Integers = npt.NDArray[np.int64]
 _Words = npt.NDArray[np.uint64]
 
-MOST_LANES: Final = (
-    960  # many divisors: 1 to 6, 8, 10, 12, 15, 16, 20, 24, 30, 32, 40, 48, 60, 64, … ranks own whole lanes
-)
-_LANE_SAMPLES = 1024  # shorter lanes would mix no better and would scatter the reads
-_UNIFORM_SAMPLES = 16 * 1024  # up to here one lane with one window: a uniform shuffle
-_POOL_SAMPLES = 64 * 1024  # lanes × window of larger selections: how far apart two neighbours in a lane may get
+LANES: Final = 960  # many divisors: 1 to 6, 8, 10, 12, 15, 16, 20, 24, 30, 32, 40, 48, 60, 64, … ranks own whole lanes
+_POOL_SAMPLES: Final = (
+    16 * 1024
+)  # lanes × window; up to so many samples are one lane with one window, a uniform shuffle
 
 _GOLDEN = 0x9E3779B97F4A7C15
 _MASK = 0xFFFFFFFFFFFFFFFF
 _SHARD_STREAM = 1
 _WINDOW_STREAM = 2
+_LANE_STREAM = 3
+_TURN_STREAM = 4
 
 
 def _ceiling(number: int, divisor: int) -> int:
@@ -71,11 +74,8 @@ def _ceiling(number: int, divisor: int) -> int:
 
 
 def default_lanes(total: int) -> int:
-    """The number of lanes for `total` selected samples: 1 for small selections, else a divisor of 960."""
-    if total <= _UNIFORM_SAMPLES:
-        return 1
-    wanted = min(total // _LANE_SAMPLES, MOST_LANES)
-    return max(divisor for divisor in range(1, wanted + 1) if MOST_LANES % divisor == 0)
+    """The number of lanes for `total` selected samples: 1 for small selections, else 960 (`docs/order.md` says why)."""
+    return 1 if total <= _POOL_SAMPLES else LANES
 
 
 def window_length(total: int, lanes: int) -> int:
@@ -96,7 +96,7 @@ class EpochOrder:
         window: items of a lane that are shuffled together, W; None for `window_length`.
         shuffle: False gives (shard, row) order: one lane, no windows.
 
-    Any position can be asked for in constant time. Memory: two numbers per shard, and the permutations of the windows
+    Any position can be asked for in constant time. Memory: four numbers per shard, and the permutations of the windows
     in use (about 2 · L · W numbers of four bytes), never one of all samples.
     """
 
@@ -116,12 +116,17 @@ class EpochOrder:
         self.lanes = 1 if not shuffle else default_lanes(self.total) if lanes is None else lanes
         self.window = window_length(self.total, self.lanes)
         if window is not None:
-            self.window = max(1, min(window, _ceiling(self.total, self.lanes)))
+            self.window = max(1, min(int(window), _ceiling(self.total, self.lanes)))
+        self._counts: Integers = np.asarray(counts, dtype=np.int64)
         self._shards: Integers = np.arange(shards, dtype=np.int64)
+        self._turns: Integers = np.zeros(shards, dtype=np.int64)
+        lanes_by_start: Integers = np.arange(self.lanes, dtype=np.int64)
         if shuffle and shards:
-            key = np.array([_key(seed, epoch, _SHARD_STREAM)], dtype=np.uint64)
-            self._shards = _permutations(key, np.array([shards]), shards)[0]
-        self._ends: Integers = np.cumsum(np.asarray(counts, dtype=np.int64)[self._shards])
+            self._shards = _permutation(_key(seed, epoch, _SHARD_STREAM), shards)
+            self._turns = _turns(_key(seed, epoch, _TURN_STREAM), self._counts)
+            lanes_by_start = _permutation(_key(seed, epoch, _LANE_STREAM), self.lanes)
+        self._ends: Integers = np.cumsum(self._counts[self._shards])
+        self._lane_starts = self._starts_of(lanes_by_start)
         self._window_key = _key(seed, epoch, _WINDOW_STREAM)
         self._windows_per_lane = max(1, _ceiling(_ceiling(self.total, self.lanes), self.window))
         self._permutations: OrderedDict[int, npt.NDArray[np.int32]] = OrderedDict()
@@ -148,8 +153,17 @@ class EpochOrder:
             )
         places = self._shuffled(positions) if self.shuffle else positions
         turns = np.searchsorted(self._ends, places, side="right")
-        starts = np.where(turns > 0, self._ends[turns - 1], 0)
-        return self._shards[turns], places - starts
+        shards = self._shards[turns]
+        from_start = places - (self._ends[turns] - self._counts[shards])
+        return shards, (from_start + self._turns[shards]) % np.maximum(self._counts[shards], 1)
+
+    def _starts_of(self, lanes_by_start: Integers) -> Integers:
+        """int64, shape (lanes,): where each lane starts in the sequence, when they follow each other as given."""
+        short, longer = divmod(self.total, self.lanes)
+        lengths = short + (lanes_by_start < longer)
+        starts = np.empty(self.lanes, dtype=np.int64)
+        starts[lanes_by_start] = np.cumsum(lengths) - lengths
+        return starts
 
     def _shuffled(self, positions: Integers) -> Integers:
         """Places in the concatenated sequence of the permuted shards."""
@@ -157,8 +171,7 @@ class EpochOrder:
         window, within = item // self.window, item % self.window
         names, rows = np.unique(lane * self._windows_per_lane + window, return_inverse=True)
         shuffled = self._window_permutations(names)[rows, within]
-        short, longer = divmod(self.total, self.lanes)
-        return lane * short + np.minimum(lane, longer) + window * self.window + shuffled
+        return self._lane_starts[lane] + window * self.window + shuffled
 
     def _window_permutations(self, names: Integers) -> npt.NDArray[np.int32]:
         """Permutations of the windows `names`, shape (len(names), W); entries beyond a window's length mean nothing."""
@@ -249,6 +262,18 @@ def _key(*numbers: int) -> int:
     for number in numbers:
         key = _mix((key ^ np.uint64(number & _MASK)) + np.uint64(_GOLDEN))
     return int(key[0])
+
+
+def _permutation(key: int, length: int) -> Integers:
+    """A permutation of 0 … length - 1, int64."""
+    return _permutations(np.array([key], dtype=np.uint64), np.array([length]), length)[0]
+
+
+def _turns(key: int, counts: Integers) -> Integers:
+    """For each shard a number from 0 to its count - 1, int64."""
+    words = _fold(np.uint64(key), np.arange(len(counts), dtype=np.int64))
+    turns: Integers = (words % np.maximum(counts, 1).astype(np.uint64)).astype(np.int64)
+    return turns
 
 
 def _permutations(keys: _Words, lengths: Integers, width: int) -> Integers:

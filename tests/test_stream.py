@@ -588,7 +588,7 @@ def test_a_state_of_everything_resumes_without_the_round_published_since(own_sto
     ("change", "message"),
     [
         ({"seed": 5}, "made with seed = 5, this dataset has 0"),
-        ({"algorithm": 0}, "made with algorithm = 0, this dataset has 1"),
+        ({"algorithm": 0}, "made with algorithm = 0, this dataset has 2"),
         ({"shuffle": False}, "made with shuffle = False, this dataset has True"),
         ({"selection": "abc"}, "made with selection = 'abc'"),
         ({"dataset": "abc"}, "made with dataset = 'abc'"),
