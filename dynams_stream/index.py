@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import itertools
 import json
 from array import array
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -172,20 +173,35 @@ def read_shard_index(url: str, shard: int) -> ShardIndex:
         return _shard_index(file.read_row_groups(layout.row_groups.get(shard, []), use_threads=False))
 
 
-def read_shard_rows(url: str, shard: int, first: int, stop: int) -> ShardIndex:
-    """Rows `first` to `stop` - 1 of one shard's index, fewer where the shard ends; reads their row groups only.
+def read_rows(url: str, wanted: Sequence[tuple[int, int, int]]) -> tuple[ShardIndex, list[int]]:
+    """Some rows of several shards of a part; reads their row groups only, all at once.
+
+    Args:
+        url: the part's file.
+        wanted: shard, first row and row after the last, which may lie beyond the shard's end.
+
+    Returns:
+        All these rows one after another as if they were one shard's, and where each of `wanted` starts among them, with
+        their number at the end.
 
     Raises:
-        StoreError: when the file is missing, is not a member index, or does not hold the shard.
+        StoreError: when the file is missing, is not a member index, or does not hold one of the shards.
     """
     with _open_index(url) as (file, layout):
-        layout.require(url, shard)
-        groups = layout.row_groups.get(shard, [])
-        starts = np.cumsum([0, *(layout.metadata.row_group(group).num_rows for group in groups)])
-        begin = int(np.searchsorted(starts, first, side="right")) - 1
-        end = int(np.searchsorted(starts, stop, side="left"))
-        table = file.read_row_groups(groups[begin:end], use_threads=False)
-        return _shard_index(table.slice(first - int(starts[begin]), stop - first))
+        for shard, _, _ in wanted:
+            layout.require(url, shard)
+        places = [layout.groups_of(shard, first, stop) for shard, first, stop in wanted]
+        groups = sorted({group for group_numbers, _ in places for group in group_numbers})
+        table = file.read_row_groups(groups, use_threads=False)
+        rows = [layout.metadata.row_group(group).num_rows for group in groups]
+    starts = dict(zip(groups, itertools.accumulate(rows, initial=0), strict=False))
+    pieces = [
+        table.slice(starts[numbers[0]] + skipped, min(stop - first, layout.rows[shard] - first))
+        for (shard, first, stop), (numbers, skipped) in zip(wanted, places, strict=True)
+        if numbers
+    ]
+    cuts = [0, *itertools.accumulate(max(0, min(stop, layout.rows.get(s, 0)) - first) for s, first, stop in wanted)]
+    return _shard_index(pa.concat_tables(pieces) if pieces else table.slice(0, 0)), cuts
 
 
 def read_part_index(url: str) -> dict[int, ShardIndex]:
@@ -213,6 +229,19 @@ class _Layout:
     count: int
     row_groups: Mapping[int, list[int]]
     rows: Mapping[int, int]
+
+    def groups_of(self, shard: int, first: int, stop: int) -> tuple[list[int], int]:
+        """The row groups of rows `first` to `stop` - 1 of a shard, and how many rows come before in the first of them."""
+        found: list[int] = []
+        skipped = row = 0
+        for group in self.row_groups.get(shard, []):
+            rows = self.metadata.row_group(group).num_rows
+            if row < stop and first < row + rows:
+                if not found:
+                    skipped = first - row
+                found.append(group)
+            row += rows
+        return found, skipped
 
     def require(self, url: str, shard: int) -> None:
         """Raise a StoreError unless the file has `shard`."""

@@ -19,7 +19,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from dynams_stream.dataset import Dataset
-from dynams_stream.index import ShardIndex, read_shard_rows
+from dynams_stream.errors import StoreError
+from dynams_stream.index import ShardIndex, read_rows
 from dynams_stream.schema import INDEX_GROUP_ROWS
 from dynams_stream.store import Store
 
@@ -144,31 +145,30 @@ class MemberTables:
         names = (shards << 32) | (rows // INDEX_GROUP_ROWS)
         order = np.argsort(names, kind="stable")
         names = names[order]
-        cuts = [0, *(np.flatnonzero(names[1:] != names[:-1]) + 1).tolist(), len(names)]
-        wanted = names[cuts[:-1]].tolist() if len(names) else []
-        return _gathered(self._load(wanted), cuts, order, rows)
+        starts = np.flatnonzero(np.diff(names, prepend=-1))
+        return _gathered(self._load(names[starts].tolist()), [*starts.tolist(), len(names)], order, rows)
 
     def _load(self, names: list[int]) -> list[Piece]:
         for name in names:
             if name in self._pieces:
                 self._pieces.move_to_end(name)
-        found = []
-        wanted = set(names)
+        missing: dict[int, list[int]] = {}
         for name in names:
-            piece = self._pieces.get(name)
-            if piece is None:
-                self._pieces[name] = piece = self._read(name)
+            if name not in self._pieces:
+                missing.setdefault(int(self._dataset.part_of_shard[name >> 32]), []).append(name)
+        wanted = set(names)
+        for part, absent in missing.items():
+            for name, piece in zip(absent, self._read(part, absent), strict=True):
+                self._pieces[name] = piece
                 self.held += piece.nbytes
-                while self.held > self.budget and next(iter(self._pieces)) not in wanted:
-                    self.held -= self._pieces.popitem(last=False)[1].nbytes
-            found.append(piece)
-        return found
+        while self.held > self.budget and next(iter(self._pieces)) not in wanted:
+            self.held -= self._pieces.popitem(last=False)[1].nbytes
+        return [self._pieces[name] for name in names]
 
-    def _read(self, name: int) -> Piece:
-        shard, first = name >> 32, (name & 0xFFFFFFFF) * INDEX_GROUP_ROWS
-        part = self._dataset.parts[self._dataset.part_of_shard[shard]]
-        index = read_shard_rows(self._store.path(part.index_file), shard, first, first + INDEX_GROUP_ROWS)
-        return make_piece(shard, first, index)
+    def _read(self, part: int, names: list[int]) -> list[Piece]:
+        firsts = [(name >> 32, (name & 0xFFFFFFFF) * INDEX_GROUP_ROWS) for name in names]
+        url = self._store.path(self._dataset.parts[part].index_file)
+        return make_pieces(firsts, *read_rows(url, [(shard, row, row + INDEX_GROUP_ROWS) for shard, row in firsts]))
 
 
 def _gathered(pieces: list[Piece], cuts: list[int], order: Integers, rows: Integers) -> Found:
@@ -245,15 +245,31 @@ def _members(firsts: Integers, lengths: Integers) -> Integers:
 # ---- making a piece --------------------------------------------------------------------------------------------------
 
 
-def make_piece(shard: int, first: int, index: ShardIndex) -> Piece:
-    """What reading needs of consecutive rows of a shard's index, the first one numbered `first`."""
+def make_pieces(firsts: list[tuple[int, int]], index: ShardIndex, cuts: list[int]) -> list[Piece]:
+    """What reading needs of runs of consecutive rows.
+
+    Args:
+        firsts: shard, and row of the first sample, of each run.
+        index: the rows of all runs, one after another.
+        cuts: where each run starts in `index`, and where the last one ends.
+
+    Raises:
+        StoreError: when a sample begins where none can.
+    """
     starts, sizes = index.starts, index.sizes
     counts = np.diff(starts)
-    firsts, lasts = starts[:-1], starts[1:] - 1
-    offsets = index.offsets[firsts]
-    spans = index.offsets[lasts] + sizes[lasts] - offsets
+    first_members, last_members = starts[:-1], starts[1:] - 1
+    offsets = index.offsets[first_members]
+    if (offsets % _BLOCK).any():
+        row = int(np.argmax(offsets % _BLOCK > 0))
+        raise StoreError(
+            f"the member index says that key {index.keys[row].as_py()!r} begins at byte {offsets[row]}, where no tar "
+            f"member can; restore the index, or remove it and index the dataset again"
+        )
+    spans = index.offsets[last_members] + sizes[last_members] - offsets
     begins = index.offsets - np.repeat(offsets, counts)
-    far_apart = spans - np.add.reduceat(sizes, firsts) > _GAP_BYTES * counts if len(counts) else counts > 0
+    bounds = np.stack([begins, begins + sizes], axis=1)
+    far_apart = spans - np.add.reduceat(sizes, first_members) > _GAP_BYTES * counts if len(counts) else counts > 0
     kinds, kind_of_row = _kinds(index)
     keys, key_starts = _joined(index.keys)
     table = np.empty((len(counts), _FIELDS), dtype=np.int64)
@@ -261,13 +277,21 @@ def make_piece(shard: int, first: int, index: ShardIndex) -> Piece:
     table[:, _KIND] = kind_of_row
     table[:, _OFFSET] = offsets // _BLOCK
     table[:, _SPAN] = np.where(far_apart, -1, spans)
-    table[:, _MEMBER] = firsts
-    bounds = np.stack([begins, begins + sizes], axis=1)
-    return Piece(shard, first, keys, _narrow(table), _narrow(bounds), kinds)
+    table[:, _MEMBER] = first_members
+    pieces = []
+    for (shard, first), (start, stop) in zip(firsts, pairwise(cuts), strict=True):
+        own = table[start:stop].copy()
+        key, member = int(key_starts[start]), int(starts[start])
+        own[:, (_KEY_START, _KEY_STOP)] -= key
+        own[:, _MEMBER] -= member
+        own_bounds = bounds[member : int(starts[stop])]
+        pieces.append(Piece(shard, first, keys[key : key_starts[stop]], _narrow(own), _narrow(own_bounds), kinds))
+    return pieces
 
 
 def _narrow(values: npt.NDArray[np.int64]) -> npt.NDArray[np.integer]:
-    return values.astype(np.int32) if not values.size or values.max() < 2**31 else values
+    """A copy, of half the size where the numbers allow it."""
+    return values.astype(np.int32 if not values.size or values.max() < 2**31 else np.int64)
 
 
 def _joined(keys: pa.StringArray) -> tuple[str, npt.NDArray[np.int32]]:

@@ -266,7 +266,8 @@ def _key(*numbers: int) -> int:
 
 def _permutation(key: int, length: int) -> Integers:
     """A permutation of 0 … length - 1, int64."""
-    return _permutations(np.array([key], dtype=np.uint64), np.array([length]), length)[0]
+    made: Integers = _permutations(np.array([key], dtype=np.uint64), np.array([length]), length)[0]
+    return made
 
 
 def _turns(key: int, counts: Integers) -> Integers:
