@@ -1,4 +1,4 @@
-"""Where an epoch stands: what the main process tells the workers, and the state that a run is resumed from.
+"""What the main process tells its workers: the place that the next iteration begins at.
 
 `set_epoch` and `load_state_dict` publish a `Place`. A worker that has just been started inherits it (through fork, or
 pickled), so that it cannot see a later one; a persistent worker, from its second iteration on, reads it from a small
@@ -8,18 +8,13 @@ tensor in shared memory. A loaded position holds for one iteration only: the fir
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
-from typing import Any, Final, NamedTuple
+from typing import Final, NamedTuple
 
 import torch
 from torch.utils.data import get_worker_info
 
 from dynams_stream.errors import StateError
-from dynams_stream.order import rank_length, worker_length
 
-State = dict[str, Any]
-
-STATE_VERSION: Final = 2
 EVERYTHING: Final = 0
 """The round number that stands for no round: all samples of the dataset."""
 
@@ -189,104 +184,3 @@ def _is_shared(tensor: torch.Tensor) -> bool:
 
 def _shared(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.share_memory_()  # type: ignore[no-untyped-call, no-any-return]
-
-
-# ---- states ----------------------------------------------------------------------------------------------------------
-
-
-def check_state(state: Mapping[str, Any], mine: Mapping[str, Any]) -> None:
-    """Refuse a state that this dataset cannot go on from.
-
-    Args:
-        state: what `state_dict` gave.
-        mine: for fields that have to be equal, this dataset's values.
-
-    Raises:
-        StateError: names the field and both values.
-    """
-    if not isinstance(state, Mapping) or "samples" not in state:
-        hint = ": it is a StatefulDataLoader's; load it there, or SelectedDataset.global_state(state) here"
-        is_loaders = isinstance(state, Mapping) and ("_snapshot" in state or "dataset_state" in state)
-        raise StateError(f"this is no state of a SelectedDataset{hint if is_loaders else f'; got {state!r:.80}'}")
-    if state.get("version") != STATE_VERSION:
-        raise StateError(
-            f"the state has format version {state.get('version')!r}, this program reads {STATE_VERSION}; "
-            f"use the version of dynams-stream that wrote it"
-        )
-    for field, value in mine.items():
-        if state.get(field) != value:
-            raise StateError(
-                f"the state was made with {field} = {state.get(field)!r}, this dataset has {value!r}; {_ADVICE[field]}"
-            )
-
-
-_ADVICE: Final = {
-    "algorithm": "finish the epoch with the version that wrote it, or start the epoch anew with set_epoch",
-    "seed": "make the dataset with the state's seed, or start the epoch anew with set_epoch",
-    "shuffle": "make the dataset with the state's shuffle, or start the epoch anew with set_epoch",
-    "selection": "open the store that the state was made with, or start the epoch anew with set_epoch",
-    "dataset": "open the store that the state was made with, or start the epoch anew with set_epoch",
-    "worker": "make a movable state with SelectedDataset.global_state(loader_state)",
-    "workers": "use as many workers, or make a movable state with SelectedDataset.global_state(loader_state)",
-    "rank": "load each rank's own state, or make a movable one with SelectedDataset.global_state(loader_state)",
-    "ranks": "use as many ranks, or make a movable state with SelectedDataset.global_state(loader_state)",
-    "batch_size": "use that batch size, or make a movable state with SelectedDataset.global_state(loader_state)",
-}
-
-
-def finished_or(position: int, taken: int, most: int, total: int) -> int:
-    """`position`, or `total` once as many samples are `taken` as any rank gets at most: then the epoch is over."""
-    return total if taken >= most else min(position, total)
-
-
-def global_state(loader_state: Mapping[str, Any]) -> State:
-    """A state for any number of ranks and workers from a `StatefulDataLoader`'s.
-
-    Args:
-        loader_state: what the loader's `state_dict()` gave in one rank.
-
-    Raises:
-        StateError: when it is not of a SelectedDataset, or its workers have not consumed a run of samples without gaps
-            (their batches differ from the dataset's `batch_size`).
-    """
-    snapshot = loader_state.get("_snapshot")
-    if snapshot is None:
-        state = loader_state.get("dataset_state")
-        if not isinstance(state, Mapping) or "samples" not in state:
-            raise StateError(
-                "this is no state of a StatefulDataLoader over a SelectedDataset; give what its state_dict() gave"
-            )
-        return dict(state)
-    states = [worker["dataset_state"] for worker in snapshot["_worker_snapshots"].values()]
-    if not states or any(not isinstance(state, Mapping) or "yielded" not in state for state in states):
-        raise StateError(
-            "the loader's state holds no state of a SelectedDataset in its workers; give what its state_dict() gave"
-        )
-    first = states[0]
-    batch, total, start = first["batch_size"], first["total"], first["samples"]
-    left, most = (rank_length(total - start, first["ranks"], rank, first["tail"]) for rank in (first["rank"], 0))
-    taken = sum(state["yielded"] for state in states)
-    for state in states:
-        if state["yielded"] != worker_length(taken, state["worker"], state["workers"], batch):
-            raise StateError(
-                f"the workers have consumed {[s['yielded'] for s in states]} samples in batches of {batch or 1}, "
-                f"which leaves gaps in the order; give SelectedDataset the loader's batch_size"
-            )
-    since = loader_state["_steps_since_snapshot"]
-    if since and batch is None:
-        raise StateError(
-            "the loader's state counts batches of unknown size; give SelectedDataset the loader's batch_size"
-        )
-    taken = min(taken + since * (batch or 1), left)
-    if loader_state.get("_iterator_finished"):
-        taken = most
-    state = {name: first[name] for name in _GLOBAL_FIELDS}
-    state["samples"] = finished_or(start + taken * first["ranks"], taken, most, total)
-    state["steps"] = first["steps"] + (-(-taken // batch) if batch else 0)
-    return state
-
-
-_GLOBAL_FIELDS: Final = (
-    *("version", "algorithm", "epoch", "round", "samples", "steps", "batch", "seed", "lanes", "window", "shuffle"),
-    *("selection", "dataset"),
-)

@@ -149,6 +149,11 @@ class Source(PipelineStage):  # type: ignore[misc]
             return 1
         return place.window or window_length(self.content(place).selection.total, self.order_lanes(place))
 
+    def tell(self, place: Place) -> None:
+        """Make `place` what the next iterations read, here and in the workers."""
+        content = self.content(place)  # here already: errors show up here, forked workers inherit it
+        self.control.publish(place._replace(check=content.check))
+
     # ---- iterations --------------------------------------------------------------------------------------------------
 
     def begin(self, refusal: str | None = None) -> Pass:
@@ -161,17 +166,17 @@ class Source(PipelineStage):  # type: ignore[misc]
         if self.resumed is not None:
             told, (place, yielded), self.resumed = place, self.resumed, None
             self.control.mark_begun(place._replace(serial=told.serial))
-            warn_of_other_epoch(told, place)
+            self.warn_of_other_epoch(told, place)
         self.newest = Pass(self, place, yielded, refusal)
         return self.newest
 
-
-def warn_of_other_epoch(told: Place, resumed: Place) -> None:
-    """Say so when a state goes on with another epoch than the one that set_epoch chose."""
-    if told.chosen and told.epoch != resumed.epoch:
-        logger.warning(
-            "set_epoch chose epoch %d, but the state that was loaded since goes on with epoch %d from sample %d",
-            told.epoch,
-            resumed.epoch,
-            resumed.start,
-        )
+    @staticmethod
+    def warn_of_other_epoch(told: Place, resumed: Place) -> None:
+        """Say so when a state goes on with another epoch than the one that set_epoch chose."""
+        if told.chosen and told.epoch != resumed.epoch:
+            logger.warning(
+                "set_epoch chose epoch %d, but the state that was loaded since goes on with epoch %d from sample %d",
+                told.epoch,
+                resumed.epoch,
+                resumed.start,
+            )

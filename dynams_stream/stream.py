@@ -11,16 +11,17 @@ from webdataset import autodecode, filters
 from webdataset.compat import FluidInterface
 from webdataset.pipeline import DataPipeline
 
-from dynams_stream import progress
-from dynams_stream.errors import DynamsError, RoundNotFoundError, StateError, UsageError
+from dynams_stream import states
+from dynams_stream.errors import DynamsError, StateError, UsageError
 from dynams_stream.iteration import Pass
-from dynams_stream.order import ALGORITHM_VERSION, TAILS
+from dynams_stream.order import TAILS
 from dynams_stream.pickle_guard import GuardedDecoder, guarded_patterns
-from dynams_stream.progress import EVERYTHING, Place, State, finished_or
+from dynams_stream.progress import EVERYTHING, Place
 from dynams_stream.remote_options import RemoteOptions
 from dynams_stream.sample_cache import SampleCache
-from dynams_stream.source import Options, Source, warn_of_other_epoch
+from dynams_stream.source import Options, Source
 from dynams_stream.stages import Batches, holds_back, stage_name
+from dynams_stream.states import State
 from dynams_stream.stats import Stats
 from dynams_stream.store import Store, round_number
 
@@ -164,7 +165,7 @@ class SelectedDataset(DataPipeline, FluidInterface):  # type: ignore[misc]
     def _publish(self, epoch: int, which: int | str | None, *, chosen: bool) -> None:
         number, version = self._agree(epoch, which, None)
         options = self._source.options
-        self._tell(
+        self._source.tell(
             Place(
                 epoch=epoch,
                 round=number,
@@ -182,10 +183,6 @@ class SelectedDataset(DataPipeline, FluidInterface):  # type: ignore[misc]
         asked = {"epoch": epoch, "round": which, "position": 0 if loaded is None else loaded.start}
         asked |= {name: getattr(options, name) for name in same}
         return self._source.resolve(which if loaded is None else loaded.round or None, asked)
-
-    def _tell(self, place: Place) -> None:
-        content = self._source.content(place)  # here already: errors show up here, forked workers inherit it
-        self._source.control.publish(place._replace(check=content.check))
 
     def stats(self) -> Stats:
         """What has been read since the dataset was made, by this rank's main process and its workers together."""
@@ -255,6 +252,8 @@ class SelectedDataset(DataPipeline, FluidInterface):  # type: ignore[misc]
     def state_dict(self, steps: int | None = None) -> State:
         """Where the epoch stands, as a small dict that JSON can hold; the same on every rank.
 
+        (With tail="keep", whose ranks may differ by a step, rank 0's is the one to keep.)
+
         Args:
             steps: how many batches this rank has consumed in the epoch, those before a resume included. Needed when a
                 DataLoader's workers read ahead. Without workers it counts itself.
@@ -264,32 +263,9 @@ class SelectedDataset(DataPipeline, FluidInterface):  # type: ignore[misc]
         Raises:
             StateError: when it cannot be known, or a stage of the pipeline holds samples back.
         """
-        source = self._source
-        begun = source.control.begun()
-        run = source.newest
-        in_main = get_worker_info() is None
-        running = run is not None and (not in_main or (begun is not None and not begun.in_workers))
-        refusal = (run.refusal if run is not None and running else None) or self._refusal()
-        if refusal:
-            raise StateError(refusal)
-        if not in_main:
-            return self._worker_state(run)
-        place = source.control.place
-        if begun is not None:
-            place = place._replace(start=begun.start, steps=begun.steps)
         if steps is not None:
-            return self._state_after(place, steps)
-        if begun is None:
-            return self._state(place, place.start, place.steps)
-        if begun.in_workers or run is None:
-            raise StateError(
-                "the loader's workers read ahead, so how much was consumed is not known here: call state_dict(steps), "
-                "steps being the batches this rank has consumed in the epoch, or use torchdata's StatefulDataLoader"
-            )
-        total, most, ranks = source.left(run.place)
-        position = finished_or(run.place.start + run.yielded * ranks, run.yielded, most, total)
-        batch = source.options.batch_size
-        return self._state(run.place, position, run.place.steps + (-(-run.yielded // batch) if batch else 0))
+            _require_integer("steps", steps, 0)
+        return states.state_of(self._source, steps, self._refusal())
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from `state`, on any number of ranks and workers, with any batch size.
@@ -300,38 +276,7 @@ class SelectedDataset(DataPipeline, FluidInterface):  # type: ignore[misc]
         Raises:
             StateError: when the state is of another selection, dataset, seed or order; says which.
         """
-        source = self._source
-        progress.check_state(state, {"algorithm": ALGORITHM_VERSION, "seed": source.options.seed})
-        progress.check_state(state, {"shuffle": source.options.shuffle})
-        place = Place(
-            epoch=state["epoch"],
-            round=state["round"] or EVERYTHING,
-            version=self._version_of(state),
-            lanes=state["lanes"],
-            window=state["window"],
-            loaded=1,
-            start=state["samples"],
-            steps=state["steps"],
-        )
-        content = source.content(place)
-        found = {"dataset": content.dataset.digest, "selection": content.selection.digest}
-        progress.check_state(state, found)
-        worker = get_worker_info()
-        if worker is None:
-            if "worker" in state:
-                raise StateError("this is one worker's state; make a movable one with SelectedDataset.global_state")
-            current = source.control.place
-            waiting = current.chosen and source.control.begun() is None and current.epoch != place.epoch
-            if waiting and place.start >= content.selection.total:
-                return  # that epoch is over; a StatefulDataLoader without workers loads late, after the next set_epoch
-            if waiting:
-                warn_of_other_epoch(current, place)
-            self._tell(place)
-            return
-        rank, ranks = source.split()
-        mine = {"worker": worker.id, "workers": worker.num_workers, "rank": rank, "ranks": ranks}
-        progress.check_state(state, {**mine, "batch_size": source.options.batch_size})
-        source.resumed = (place._replace(check=content.check), state["yielded"])
+        states.load_state(self._source, state)
 
     @staticmethod
     def global_state(loader_state: Mapping[str, Any]) -> State:
@@ -340,73 +285,7 @@ class SelectedDataset(DataPipeline, FluidInterface):  # type: ignore[misc]
         Raises:
             StateError: when it is no such state, or its batches are not the dataset's `batch_size`.
         """
-        return progress.global_state(loader_state)
-
-    def _state(self, place: Place, position: int, steps: int) -> State:
-        source = self._source
-        content = source.content(place)
-        batch = source.options.batch_size
-        return {
-            "version": progress.STATE_VERSION,
-            "algorithm": ALGORITHM_VERSION,
-            "epoch": place.epoch,
-            "round": None if place.round == EVERYTHING else place.round,
-            "samples": position,
-            "steps": steps,
-            "batch": None if batch is None else batch * source.split()[1],
-            "seed": source.options.seed,
-            "lanes": source.order_lanes(place),
-            "window": source.order_window(place),
-            "shuffle": source.options.shuffle,
-            "selection": content.selection.digest,
-            "dataset": content.dataset.digest,
-        }
-
-    def _state_after(self, place: Place, steps: int) -> State:
-        _require_integer("steps", steps, 0)
-        batch = self._source.options.batch_size
-        if batch is None:
-            raise UsageError("steps are counted in batches: give SelectedDataset the loader's batch_size")
-        if steps < place.steps:
-            raise StateError(
-                f"steps={steps} counts fewer batches than the {place.steps} that were consumed before this epoch was "
-                f"resumed; steps counts the batches of the whole epoch"
-            )
-        taken = (steps - place.steps) * batch
-        total, most, ranks = self._source.left(place)
-        return self._state(place, finished_or(place.start + taken * ranks, taken, most, total), steps)
-
-    def _worker_state(self, run: Pass | None) -> State:
-        if run is None:
-            raise StateError("no iteration has begun in this worker; ask for its state after that")
-        place = run.place
-        own = {
-            "worker": run.worker,
-            "workers": run.workers,
-            "rank": run.rank,
-            "ranks": run.ranks,
-            "batch_size": run.options.batch_size,
-            "tail": run.options.tail,
-            "total": run.total,
-            "yielded": run.yielded,
-        }
-        return self._state(place, place.start, place.steps) | own
-
-    def _version_of(self, state: Mapping[str, Any]) -> int:
-        """The dataset version that a state names by its digest."""
-        store = self._source.store
-        if state["round"] is not None:
-            try:
-                return int(store.round(state["round"]).manifest["dataset"]["version"])
-            except RoundNotFoundError as error:
-                raise StateError(f"the state is of round {state['round']}, which is not there: {error}") from error
-        for version in reversed(store.dataset_versions()):
-            if store.dataset(version).digest == state["dataset"]:
-                return version
-        raise StateError(
-            f"the state is of a dataset (digest {str(state['dataset'])[:12]}) that {store.url} does not hold; "
-            f"open the store that the state was made with, or start the epoch anew with set_epoch"
-        )
+        return states.global_state(loader_state)
 
     def _refusal(self) -> str | None:
         """Why no state of this pipeline can be given: the first stage that holds samples back."""

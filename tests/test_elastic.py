@@ -116,20 +116,17 @@ def make(store: Store, run: Run, leg: Leg, rank: int, **options: Any) -> Selecte
 
 def play(store: Store, run: Run, leg: Leg, state: dict[str, Any] | None, **options: Any) -> tuple[list[Batches], Any]:
     """What each rank consumes in a leg, and the state after it."""
-    found, states = [], []
-    for rank in range(leg.ranks):
-        dataset = make(store, run, leg, rank, **options)
-        if state is not None:
+    datasets = [make(store, run, leg, rank, **options) for rank in range(leg.ranks)]
+    if state is not None:
+        for dataset in datasets:
             dataset.load_state_dict(json.loads(json.dumps(state)))
             dataset.set_epoch(run.epoch)
-        batches = batches_of(dataset, leg.workers, leg.batch)
-        done = round(leg.until * len(batches))
-        found.append(batches[:done])
-        states.append(dataset.state_dict((0 if state is None else state["steps"]) + done))
-        assert len(json.dumps(states[-1])) < 600
-    if len({len(batches) for batches in found}) == 1:  # else tail="keep" gave the last ranks a step less
-        assert all(other == states[0] for other in states), "states differ between ranks"
-    return found, states[0]
+    batches = [batches_of(dataset, leg.workers, leg.batch) for dataset in datasets]
+    done = round(leg.until * max(map(len, batches)))
+    states = [dataset.state_dict((0 if state is None else state["steps"]) + done) for dataset in datasets]
+    assert all(other == states[0] for other in states), "states differ between ranks"
+    assert len(json.dumps(states[0])) < 600
+    return [each[:done] for each in batches], states[0]
 
 
 def consumed(found: list[Batches]) -> list[Pair]:
