@@ -231,7 +231,7 @@ def main() -> None:
         print(json.dumps((measure_flat if options.measure == "flat" else measure_set_up)(options.folder)))
         return
     with tempfile.TemporaryDirectory() as temporary:
-        folder = options.folder or Path(temporary)
+        folder = (options.folder or Path(temporary)).resolve()
         if not (folder / "store").exists():
             folder.mkdir(parents=True, exist_ok=True)
             if options.flat:

@@ -77,26 +77,35 @@ def read_dataset(url: str, version: int) -> Dataset:
     data = storage.read_bytes(url)
     try:
         # Not `read_table`: it leaves the bytes to threads that may outlive the interpreter, which aborts the process.
-        table = pq.ParquetFile(pa.BufferReader(data)).read(use_threads=False)
+        file = pq.ParquetFile(pa.BufferReader(data))
+        schema.require_format(file.schema_arrow.metadata, url)
+        urls, fingerprints, index_files = (_strings(file, name) for name in ("url", "fingerprint", "index_file"))
+        sizes, counts, parts = (_numbers(file, name) for name in ("bytes", "samples", "part"))
     except pa.ArrowInvalid as error:
         raise StoreError(f"{url}: not a readable Parquet file ({error}); restore it, or index again") from error
-    schema.require_format(table.schema.metadata, url)
-    parts = table["part"].to_numpy()
-    counts = table["samples"].to_numpy()
+    pa.default_memory_pool().release_unused()  # of 100,000 shards it would keep 30 MB
     first, shards = np.unique(parts, return_index=True)[1], np.bincount(parts)
-    index_files = table["index_file"].to_pylist()
     return Dataset(
         version=version,
         digest=hashlib.sha256(data).hexdigest(),
-        urls=tuple(table["url"].to_pylist()),
-        sizes=table["bytes"].to_numpy(),
-        fingerprints=tuple(table["fingerprint"].to_pylist()),
+        urls=urls,
+        sizes=sizes,
+        fingerprints=fingerprints,
         counts=counts,
         parts=tuple(
             Part(number, int(start), int(length), int(counts[start : start + length].sum()), index_files[start])
             for number, (start, length) in enumerate(zip(first, shards, strict=True))
         ),
     )
+
+
+def _strings(file: pq.ParquetFile, column: str) -> tuple[str, ...]:
+    return tuple(file.read(columns=[column], use_threads=False)[column].to_pylist())
+
+
+def _numbers(file: pq.ParquetFile, column: str) -> npt.NDArray[np.int64]:
+    numbers: npt.NDArray[np.int64] = file.read(columns=[column], use_threads=False)[column].to_numpy().copy()
+    return numbers
 
 
 def require_distinct_names(dataset: Dataset, shards_at: str) -> None:

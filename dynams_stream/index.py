@@ -6,15 +6,15 @@ and little more than its own lines. The footer also names the part's shards, sin
 
 from __future__ import annotations
 
-import functools
 import hashlib
 import itertools
 import json
 from array import array
+from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import BinaryIO
+from typing import BinaryIO, Final
 
 import numpy as np
 import numpy.typing as npt
@@ -170,7 +170,7 @@ def read_shard_index(url: str, shard: int) -> ShardIndex:
     """
     with _open_index(url) as (file, layout):
         layout.require(url, shard)
-        return _shard_index(file.read_row_groups(layout.row_groups.get(shard, []), use_threads=False))
+        return _shard_index(file.read_row_groups(list(layout.groups(shard)), use_threads=False))
 
 
 def read_rows(url: str, wanted: Sequence[tuple[int, int, int]]) -> tuple[ShardIndex, list[int]]:
@@ -191,16 +191,16 @@ def read_rows(url: str, wanted: Sequence[tuple[int, int, int]]) -> tuple[ShardIn
         for shard, _, _ in wanted:
             layout.require(url, shard)
         places = [layout.groups_of(shard, first, stop) for shard, first, stop in wanted]
-        groups = sorted({group for group_numbers, _ in places for group in group_numbers})
+        groups = sorted({group for numbers in places for group in numbers})
         table = file.read_row_groups(groups, use_threads=False)
-        rows = [layout.metadata.row_group(group).num_rows for group in groups]
-    starts = dict(zip(groups, itertools.accumulate(rows, initial=0), strict=False))
-    pieces = [
-        table.slice(starts[numbers[0]] + skipped, min(stop - first, layout.rows[shard] - first))
-        for (shard, first, stop), (numbers, skipped) in zip(wanted, places, strict=True)
-        if numbers
-    ]
-    cuts = [0, *itertools.accumulate(max(0, min(stop, layout.rows.get(s, 0)) - first) for s, first, stop in wanted)]
+        lines = [layout.metadata.row_group(group).num_rows for group in groups]
+    starts = dict(zip(groups, itertools.accumulate(lines, initial=0), strict=False))
+    pieces, cuts = [], [0]
+    for (shard, first, stop), numbers in zip(wanted, places, strict=True):
+        length = max(0, min(stop, layout.rows[shard - layout.first]) - first)
+        if length:
+            pieces.append(table.slice(starts[numbers[0]] + first % layout.group_rows, length))
+        cuts.append(cuts[-1] + length)
     return _shard_index(pa.concat_tables(pieces) if pieces else table.slice(0, 0)), cuts
 
 
@@ -212,42 +212,50 @@ def read_part_index(url: str) -> dict[int, ShardIndex]:
     """
     with _open_index(url) as (file, layout):
         table = file.read(use_threads=False)
-    lengths = [layout.rows.get(shard, 0) for shard in range(layout.first, layout.first + layout.count)]
-    stops = np.cumsum(lengths, dtype=np.int64).tolist()
+    stops = np.cumsum(layout.rows, dtype=np.int64).tolist()
     return {
         shard: _shard_index(table.slice(stop - length, length))
-        for shard, length, stop in zip(range(layout.first, layout.first + layout.count), lengths, stops, strict=True)
+        for shard, length, stop in zip(layout.shards, layout.rows, stops, strict=True)
     }
 
 
 @dataclass(frozen=True)
 class _Layout:
-    """What a part file's footer says: its shards, and each one's row groups and lines."""
+    """What a part file's footer says: its shards, and where the lines of each are.
+
+    Attributes:
+        metadata: the footer.
+        first: number of the first shard.
+        rows: lines of each shard.
+        starts: number of each shard's first row group, and their number at the end.
+        group_rows: lines of a row group, but for a shard's last.
+    """
 
     metadata: pq.FileMetaData
     first: int
-    count: int
-    row_groups: Mapping[int, list[int]]
-    rows: Mapping[int, int]
+    rows: tuple[int, ...]
+    starts: tuple[int, ...]
+    group_rows: int
 
-    def groups_of(self, shard: int, first: int, stop: int) -> tuple[list[int], int]:
-        """The row groups of rows `first` to `stop` - 1 of a shard, and how many rows come before in the first of them."""
-        found: list[int] = []
-        skipped = row = 0
-        for group in self.row_groups.get(shard, []):
-            rows = self.metadata.row_group(group).num_rows
-            if row < stop and first < row + rows:
-                if not found:
-                    skipped = first - row
-                found.append(group)
-            row += rows
-        return found, skipped
+    @property
+    def shards(self) -> range:
+        """The shards' numbers."""
+        return range(self.first, self.first + len(self.rows))
+
+    def groups(self, shard: int) -> range:
+        """Numbers of a shard's row groups."""
+        return range(self.starts[shard - self.first], self.starts[shard - self.first + 1])
+
+    def groups_of(self, shard: int, first: int, stop: int) -> range:
+        """Numbers of the row groups that hold rows `first` to `stop` - 1 of a shard."""
+        stop = min(stop, self.rows[shard - self.first])
+        return self.groups(shard)[first // self.group_rows : -(-stop // self.group_rows)]
 
     def require(self, url: str, shard: int) -> None:
         """Raise a StoreError unless the file has `shard`."""
-        if not self.first <= shard < self.first + self.count:
+        if shard not in self.shards:
             raise StoreError(
-                f"{url}: holds shards {self.first} to {self.first + self.count - 1}, not {shard}; "
+                f"{url}: holds shards {self.first} to {self.first + len(self.rows) - 1}, not {shard}; "
                 f"index the dataset again"
             )
 
@@ -257,12 +265,19 @@ def _open_index(url: str) -> Iterator[tuple[pq.ParquetFile, _Layout]]:
     version = storage.version(url)
     if not version:
         raise StoreError(f"{url}: this part of the member index is gone; restore it, or index the dataset again")
+    layout = _FOOTERS.get((url, version))
     try:
-        layout = _layout(url, version)
+        metadata = None if layout is None else layout.metadata
         with (
             storage.open_random(url) as source,
-            pq.ParquetFile(source, metadata=layout.metadata, pre_buffer=not storage.is_local(url)) as file,
+            pq.ParquetFile(source, metadata=metadata, pre_buffer=not storage.is_local(url)) as file,
         ):
+            if layout is None:
+                layout = _layout(file.metadata, url)
+            _FOOTERS[url, version] = layout
+            _FOOTERS.move_to_end((url, version))
+            while len(_FOOTERS) > _FOOTERS_KEPT:
+                _FOOTERS.popitem(last=False)
             yield file, layout
     except (pa.ArrowException, OSError) as error:
         raise StoreError(
@@ -270,23 +285,17 @@ def _open_index(url: str) -> Iterator[tuple[pq.ParquetFile, _Layout]]:
         ) from error
 
 
-@functools.lru_cache(maxsize=_FOOTERS_KEPT)
-def _layout(url: str, version: str) -> _Layout:
-    """The footer of a file that is as `version` says; kept, since a loader comes for each shard of a part in turn."""
-    with storage.open_random(url) as source:
-        metadata = pq.read_metadata(source)
+_FOOTERS: Final[OrderedDict[tuple[str, str], _Layout]] = OrderedDict()  # a loader comes back for more of a part
+
+
+def _layout(metadata: pq.FileMetaData, url: str) -> _Layout:
     schema.require_format(metadata.metadata, url)
-    if schema.SHARDS_KEY not in metadata.metadata:
+    if schema.SHARDS_KEY not in metadata.metadata or schema.GROUPS_KEY not in metadata.metadata:
         raise StoreError(f"{url}: its footer names no shards, so it is no member index; index the dataset again")
-    first, count = json.loads(metadata.metadata[schema.SHARDS_KEY])
-    row_groups: dict[int, list[int]] = {}
-    rows: dict[int, int] = {}
-    for number in range(metadata.num_row_groups):
-        group = metadata.row_group(number)
-        shard = group.column(0).statistics.min
-        row_groups.setdefault(shard, []).append(number)
-        rows[shard] = rows.get(shard, 0) + group.num_rows
-    return _Layout(metadata, first, count, row_groups, rows)
+    first, _ = json.loads(metadata.metadata[schema.SHARDS_KEY])
+    group_rows, rows = json.loads(metadata.metadata[schema.GROUPS_KEY])
+    starts = itertools.accumulate((-(-count // group_rows) for count in rows), initial=0)
+    return _Layout(metadata, first, tuple(rows), tuple(starts), group_rows)
 
 
 def _shard_index(table: pa.Table) -> ShardIndex:
@@ -333,6 +342,7 @@ def write_index(
     footer = {
         **schema.INDEX_SCHEMA.metadata,
         schema.SHARDS_KEY: json.dumps([first, len(shards)]).encode(),
+        schema.GROUPS_KEY: json.dumps([schema.INDEX_GROUP_ROWS, [len(index) for index in shards]]).encode(),
         **(metadata or {}),
     }
     with pq.ParquetWriter(

@@ -126,7 +126,7 @@ class Pass:
     def _cuts(self, reader: SampleReader) -> Iterator[tuple[int, int, bool]]:
         """First and last + 1 of the process's own samples in each chunk, and whether workers fetch it together."""
         largest = reader.chunk_length(self.order.lanes * _CHUNK_LANES)
-        first, size = self.yielded, min(_FIRST_CHUNK, largest)
+        first, size = self.yielded, min(self.options.batch_size or _FIRST_CHUNK, largest)
         together = self.workers > 1 and reader.shares
         if together:  # the same cuts in all workers, however much each has yielded before
             batch = self.options.batch_size or 1

@@ -139,7 +139,7 @@ class SampleReader:
         self._cache = cache
         self.tables = MemberTables(store, dataset)
         self._local = LocalShards(store, dataset)
-        self._is_remote = np.array([not storage.is_local(store.shard_url(url)) for url in dataset.urls], dtype=np.bool_)
+        self._is_remote = _remote(store, dataset)
         self._remote: RemoteShards | None = None
         if self._is_remote.any():
             self._remote = RemoteShards(store, dataset, self._options, cache, count)
@@ -333,6 +333,13 @@ class SampleReader:
         self._local.close()
         if self._remote is not None:
             self._remote.close()
+
+
+def _remote(store: Store, dataset: Dataset) -> npt.NDArray[np.bool_]:
+    """For each shard whether it lies in an object store."""
+    if store.shards_at is not None:
+        return np.full(len(dataset.urls), not storage.is_local(store.shards_at))
+    return np.array(["://" in url and not storage.is_local(url) for url in dataset.urls], dtype=np.bool_)
 
 
 def _spans(found: Found) -> tuple[Integers, Integers, Integers]:

@@ -31,6 +31,8 @@ SHARDS_KEY = b"dynams_shards"
 """Parquet metadata key of a member index's shards, those without samples included: JSON [first, count]."""
 INDEXED_KEY = b"dynams_indexed"
 """Parquet metadata key of unfinished indexing: JSON list of [url, fingerprint, bytes, samples] of its shards."""
+GROUPS_KEY = b"dynams_row_groups"
+"""Parquet metadata key of how a member index is cut: JSON [lines of a row group, [lines of each shard]]."""
 REPEATED_KEY = b"dynams_repeated_keys"
 """Parquet metadata key of a dataset's number of samples whose key another sample of their shard had before."""
 
@@ -104,8 +106,10 @@ COLUMN_ENCODING = {
 
 ROW_GROUP_ROWS = 131_072
 """Lines of a row group at most. A shard starts a new one, so that reading one shard reads little more than it."""
-INDEX_GROUP_ROWS = 2048
+INDEX_GROUP_ROWS = 1024
 """Lines of a member index's row group: what a loader holds of each lane. Smaller ones take longer to read, and room."""
+SELECTION_GROUP_ROWS = 32_768
+"""Selected rows of a selection's row group, about: what a loader decodes to get the rows of one shard."""
 
 DATASET_FOLDER = "dataset"
 INDEX_FOLDER = "index"

@@ -8,12 +8,13 @@ rows of each shard, is in the round's manifest (`SelectionWriter.for_manifest`).
 
 from __future__ import annotations
 
-import functools
+import contextlib
 import hashlib
 import itertools
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import numpy as np
 import numpy.typing as npt
@@ -54,7 +55,8 @@ def read_counts(url: str) -> Integers:
         StoreError: when it is missing, or not a selection of this format.
     """
     counts = []
-    with _opened(url) as file:
+    with _readable(url), storage.open_random(url) as source:
+        file = pq.ParquetFile(source, page_checksum_verification=True)
         _require_schema(file, url)
         line = 0
         for group in range(file.metadata.num_row_groups):
@@ -109,6 +111,8 @@ class ShardRowsReader:
     def __init__(self, url: str, counts: Integers):
         self._url = url
         self._counts = counts
+        self._file: tuple[pq.ParquetFile, Integers] | None = None
+        self._owner = 0
 
     def read(self, shard: int) -> tuple[Rows, Weights | None]:
         """The rows of `shard`, and their weights when there are any.
@@ -116,9 +120,9 @@ class ShardRowsReader:
         Raises:
             StoreError: when the file is damaged or does not hold as many rows for the shard.
         """
-        metadata, starts = _layout(self._url)
+        file, starts = self._opened()
         group = int(np.searchsorted(starts, shard, side="right")) - 1
-        with _opened(self._url, metadata) as file:
+        with _readable(self._url):
             table = file.read_row_group(group, use_threads=False).slice(shard - int(starts[group]), 1)
         if table["shard"].to_pylist() != [shard]:
             raise _malformed(self._url, f"row group {group} does not hold shard {shard} in its place")
@@ -135,26 +139,22 @@ class ShardRowsReader:
             raise _malformed(self._url, f"shard {shard} has not one weight for each of its rows")
         return rows, found
 
+    def _opened(self) -> tuple[pq.ParquetFile, Integers]:
+        """The open file, and the first shard of each of its row groups; opened once in each process."""
+        if self._file is None or self._owner != os.getpid():
+            with _readable(self._url), contextlib.suppress(FileNotFoundError):
+                file = pq.ParquetFile(storage.open_random(self._url), page_checksum_verification=True)
+                _require_schema(file, self._url)
+                about = file.metadata
+                lines = [about.row_group(group).num_rows for group in range(about.num_row_groups)]
+                self._file = file, np.cumsum([0, *lines[:-1]], dtype=np.int64)
+                self._owner = os.getpid()
+                return self._file
+            raise _missing(self._url)
+        return self._file
 
-@functools.lru_cache(maxsize=4)
-def _layout(url: str) -> tuple[pq.FileMetaData, Integers]:
-    """The footer, and the first shard of each row group; a published file never changes."""
-    with _opened(url) as file:
-        _require_schema(file, url)
-        about = file.metadata
-    lines = [about.row_group(group).num_rows for group in range(about.num_row_groups)]
-    return about, np.cumsum([0, *lines[:-1]], dtype=np.int64)
-
-
-@contextmanager
-def _opened(url: str, metadata: pq.FileMetaData | None = None) -> Iterator[pq.ParquetFile]:
-    with _readable(url):
-        try:
-            source = storage.open_random(url)
-        except FileNotFoundError as error:
-            raise _missing(url) from error
-        with source, pq.ParquetFile(source, metadata=metadata, page_checksum_verification=True) as file:
-            yield file
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_file": None}
 
 
 @contextmanager
@@ -252,7 +252,7 @@ class SelectionWriter:
         rows: npt.NDArray[np.uint32],
         weights: npt.NDArray[np.float32] | None = None,
     ) -> None:
-        """Write the next part as one row group.
+        """Write the next part, in row groups of whole shards and about `SELECTION_GROUP_ROWS` selected rows.
 
         Args:
             counts: int64, shape (shards of the part,): selected rows of each of its shards.
@@ -272,7 +272,10 @@ class SelectionWriter:
             ],
             schema=schema.SELECTION_SCHEMA,
         )
-        self._parquet.write_table(table, row_group_size=max(1, len(counts)))
+        group = offsets[:-1] // schema.SELECTION_GROUP_ROWS
+        cuts = [0, *(np.flatnonzero(np.diff(group)) + 1).tolist(), len(counts)]
+        for start, stop in itertools.pairwise(cuts):
+            self._parquet.write_table(table.slice(start, stop - start), row_group_size=max(1, stop - start))
         self._shards += len(counts)
         self._total += len(rows)
         self._counts.append(np.asarray(counts, dtype=np.int64))
