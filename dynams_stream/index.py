@@ -30,7 +30,8 @@ PARTS_AT_LEAST = 16
 """Small datasets are cut into about so many parts, to feed several workers."""
 PART_SAMPLES = 100_000
 """Samples of a part, between the two."""
-_FOOTERS_KEPT = 16
+_FOOTER_BYTES: Final = 1 << 20
+"""Of footers that are kept, as they are written; in memory they are a dozen times larger."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -276,7 +277,9 @@ def _open_index(url: str) -> Iterator[tuple[pq.ParquetFile, _Layout]]:
                 layout = _layout(file.metadata, url)
             _FOOTERS[url, version] = layout
             _FOOTERS.move_to_end((url, version))
-            while len(_FOOTERS) > _FOOTERS_KEPT:
+            while (
+                len(_FOOTERS) > 1 and sum(each.metadata.serialized_size for each in _FOOTERS.values()) > _FOOTER_BYTES
+            ):
                 _FOOTERS.popitem(last=False)
             yield file, layout
     except (pa.ArrowException, OSError) as error:

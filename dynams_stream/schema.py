@@ -108,7 +108,7 @@ ROW_GROUP_ROWS = 131_072
 """Lines of a row group at most. A shard starts a new one, so that reading one shard reads little more than it."""
 INDEX_GROUP_ROWS = 1024
 """Lines of a member index's row group: what a loader holds of each lane. Smaller ones take longer to read, and room."""
-SELECTION_GROUP_ROWS = 32_768
+SELECTION_GROUP_ROWS = 65_536
 """Selected rows of a selection's row group, about: what a loader decodes to get the rows of one shard."""
 
 DATASET_FOLDER = "dataset"

@@ -318,7 +318,7 @@ class Round:
         recorded = self.manifest["selection"]
         if self.counts["selected"] > _SELECTED_IN_MEMORY:
             per_shard = recorded.get("per_shard")
-            counts = None if per_shard is None else np.array(per_shard.split(), dtype=np.int64)
+            counts = None if per_shard is None else np.fromstring(per_shard, dtype=np.int64, sep=" ")
             return Selection.open(url, recorded["sha256"], counts, recorded.get("footer_sha256"))
         selection = Selection.read(url)
         if selection.digest != recorded["sha256"]:
