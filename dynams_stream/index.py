@@ -193,7 +193,7 @@ def read_rows(url: str, wanted: Sequence[tuple[int, int, int]]) -> tuple[ShardIn
             layout.require(url, shard)
         places = [layout.groups_of(shard, first, stop) for shard, first, stop in wanted]
         groups = sorted({group for numbers in places for group in numbers})
-        table = file.read_row_groups(groups, use_threads=False)
+        table = file.read_row_groups(groups, columns=["key", "members"], use_threads=False)
         lines = [layout.metadata.row_group(group).num_rows for group in groups]
     starts = dict(zip(groups, itertools.accumulate(lines, initial=0), strict=False))
     pieces, cuts = [], [0]

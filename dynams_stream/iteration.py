@@ -75,6 +75,7 @@ class Pass:
         self.errors = 0
         self._chunk_start = 0
         self._chunk: Chunk | None = None
+        self._planned = yielded  # how many of its own samples have been planned, or yielded before
 
     def __iter__(self) -> Iterator[Any]:
         reader = self.source.reader(self.content)
@@ -124,7 +125,11 @@ class Pass:
                 chunk.forget()
 
     def _cuts(self, reader: SampleReader) -> Iterator[tuple[int, int, bool]]:
-        """First and last + 1 of the process's own samples in each chunk, and whether workers fetch it together."""
+        """First and last + 1 of the process's own samples in each chunk, and whether workers fetch it together.
+
+        Then they are those of a whole chunk, though some have been yielded already or are more than there are: all
+        workers have to plan the same.
+        """
         largest = reader.chunk_length(self.order.lanes * _CHUNK_LANES)
         first, size = self.yielded, min(self.options.batch_size or _FIRST_CHUNK, largest)
         together = self.workers > 1 and reader.shares
@@ -132,9 +137,14 @@ class Pass:
             batch = self.options.batch_size or 1
             size = largest = max(1, largest // (batch * self.workers)) * batch
         while first < self.own_length:
-            stop = min(first - first % size + size if together else first + size, self.own_length)
-            yield first, stop, together and first % size == 0
-            first, size = stop, min(4 * size, largest)
+            if together:
+                start = first - first % size
+                yield start, start + size, True
+                first = start + size
+            else:
+                stop = min(first + size, self.own_length)
+                yield first, stop, False
+                first, size = stop, min(4 * size, largest)
 
     def _own(self, reader: SampleReader, first: int, stop: int) -> tuple[Chunk, Integers]:
         samples = worker_samples(first, stop, self.worker, self.workers, self.options.batch_size)
@@ -147,8 +157,10 @@ class Pass:
         samples = np.arange(first * self.workers, min(stop * self.workers, self.rank_length), dtype=np.int64)
         workers = samples // batch % self.workers
         positions, padded = self._positions(samples)
-        chunk = self._look_up(reader, positions, padded, workers)
-        return chunk, positions[workers == self.worker]
+        yielded = max(0, self._planned - first)
+        self._planned = stop
+        chunk = self._look_up(reader, positions, padded, workers, yielded)
+        return chunk, positions[workers == self.worker][yielded:]
 
     def _positions(self, samples: Integers) -> tuple[Integers, npt.NDArray[np.bool_]]:
         return rank_positions(samples, self.total, self.ranks, self.rank, self.place.start)
@@ -159,11 +171,12 @@ class Pass:
         positions: Integers,
         padded: npt.NDArray[np.bool_],
         workers: Integers | None = None,
+        skip: int = 0,
     ) -> Chunk:
         shards, places = self.order.locate(positions)
         marks = padded if self.options.tail == "pad" else None
         selection = self.content.selection
-        return reader.look_up(shards, places, selection, padded=marks, workers=workers, worker=self.worker)
+        return reader.look_up(shards, places, selection, padded=marks, workers=workers, worker=self.worker, skip=skip)
 
     # ---- trouble -----------------------------------------------------------------------------------------------------
 

@@ -42,7 +42,7 @@ class Range:
         self.spans: dict[int, int] = {}
         self.others: dict[int, int] = {}
         self.left: dict[int, bytes] | None = None  # the spans that are here and were not taken yet
-        self.error: Exception | None = None
+        self.error: BaseException | None = None
         self.begun = False
         self.held = 0
 
@@ -93,21 +93,14 @@ class ReadAhead:
             self._work.notify(len(self._queue))
 
     def take(self, wanted: Range, offset: int) -> bytes:
-        """A span of a range that was submitted; waits for it. Each span can be taken once.
+        """A span of a range that was submitted; waits for it, or fetches it here after `close`. Each can be taken once.
 
         Raises:
             Exception: whatever fetching the range raised.
         """
         if wanted.left is None and wanted.error is None:
             began = time.perf_counter()
-            with self._arrived:
-                if not wanted.begun:  # what was fetched before is needed later, and fills the budget
-                    self._queue.remove(wanted)
-                    self._queue.appendleft(wanted)
-                    self._overdue = True
-                    self._work.notify()
-                while wanted.left is None and wanted.error is None:
-                    self._arrived.wait()
+            self._wait_for(wanted)
             self.waited += time.perf_counter() - began
         if wanted.error is not None:
             raise wanted.error
@@ -116,6 +109,21 @@ class ReadAhead:
         with self._work:
             self._let_go(wanted, len(data))
         return data
+
+    def _wait_for(self, wanted: Range) -> None:
+        with self._arrived:
+            closed = self._stopped.is_set() and not wanted.begun
+            if closed:
+                self._begin(wanted)
+            elif not wanted.begun:  # what was fetched before is needed later, and fills the budget
+                self._queue.remove(wanted)
+                self._queue.appendleft(wanted)
+                self._overdue = True
+                self._work.notify()
+            while wanted.left is None and wanted.error is None and not closed:
+                self._arrived.wait()
+        if closed:
+            self._bring(wanted, threading.Event())
 
     def forget(self, ranges: Iterable[Range]) -> None:
         """Let go of ranges, those that are only waiting their turn included."""
@@ -150,16 +158,25 @@ class ReadAhead:
 
     def _run(self) -> None:
         while (mine := self._next()) is not None:
-            spans, error = None, None
-            try:
-                spans = mine.cut(memoryview(self._fetch(mine, self._stopped)))
-            except Exception as failure:  # noqa: BLE001 (raised where the bytes are needed)
-                error = failure
-            with self._arrived:
-                if mine.begun:  # else it was let go of meanwhile
-                    mine.left, mine.error = spans, error
-                    self._let_go(mine, mine.held - sum(map(len, (spans or {}).values())))
-                    self._arrived.notify_all()
+            self._bring(mine, self._stopped)
+
+    def _bring(self, mine: Range, stopped: threading.Event) -> None:
+        """Fetch a range that was begun."""
+        spans, error = None, None
+        try:
+            spans = mine.cut(memoryview(self._fetch(mine, stopped)))
+        except BaseException as failure:  # noqa: BLE001 (raised where the bytes are needed; a panic in Rust is no Exception)
+            error = failure
+        with self._arrived:
+            if mine.begun:  # else it was let go of meanwhile
+                mine.left, mine.error = spans, error
+                self._let_go(mine, mine.held - sum(map(len, (spans or {}).values())))
+                self._arrived.notify_all()
+
+    def _begin(self, mine: Range) -> None:
+        """Count a range as under way; the condition is held."""
+        mine.begun, mine.held = True, mine.size
+        self._held += mine.size
 
     def _next(self) -> Range | None:
         """The next range to fetch; None when the thread shall end."""
@@ -169,9 +186,8 @@ class ReadAhead:
             while not self._stopped.is_set():
                 if self._queue and self._may_begin(self._queue[0]):
                     mine = self._queue.popleft()
-                    mine.begun, self._overdue = True, False
-                    mine.held = mine.size
-                    self._held += mine.size
+                    self._begin(mine)
+                    self._overdue = False
                     self._idle -= 1
                     if self._queue and self._may_begin(self._queue[0]):
                         self._work.notify()

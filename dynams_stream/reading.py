@@ -177,6 +177,7 @@ class SampleReader:
         padded: npt.NDArray[np.bool_] | None = None,
         workers: Integers | None = None,
         worker: int = 0,
+        skip: int = 0,
     ) -> Chunk:
         """Find samples in the index, and have those of object stores fetched.
 
@@ -188,6 +189,7 @@ class SampleReader:
             workers: int64, shape (n,), which worker of the rank needs each, when they share what they fetch; by default
                 all are for this one.
             worker: which of them this one is.
+            skip: so many of its first samples are planned for all, but not returned: it has yielded them before.
 
         Returns:
             The samples of this worker, in the same order.
@@ -199,7 +201,7 @@ class SampleReader:
         found = self.tables.find(shards, rows)
         plan = self._announce(shards, found, workers, worker)
         if workers is not None:
-            own = np.flatnonzero(workers == worker)
+            own = np.flatnonzero(workers == worker)[skip:]
             shards, places, rows, found = shards[own], places[own], rows[own], found.only(own)
             padded = None if padded is None else padded[own]
         return Chunk(

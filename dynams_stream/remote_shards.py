@@ -24,13 +24,13 @@ import numpy.typing as npt
 
 from dynams_stream import ranges, storage
 from dynams_stream.dataset import Dataset
-from dynams_stream.errors import DynamsError
+from dynams_stream.errors import DynamsError, ShardChangedError
 from dynams_stream.read_ahead import Range, ReadAhead
 from dynams_stream.remote_options import RemoteOptions
 from dynams_stream.retries import Retries
 from dynams_stream.sample_cache import SampleCache
 from dynams_stream.store import Store
-from dynams_stream.transport import TransientError, Transport, comparable_etag
+from dynams_stream.transport import Transport, comparable_etag, refused, same_etag
 
 Integers = npt.NDArray[np.int64]
 
@@ -93,21 +93,39 @@ class RemoteShards:
             wanted: what all workers need that share a cache; else this one's needs alone.
             worker: which of them this one is.
         """
+        gap, longest = self._options.gap_bytes, self._options.longest
+        # who fetches what follows from all that is wanted, so that workers agree whatever each finds in the cache
+        whole = ranges.plan(wanted.shards, wanted.offsets, wanted.sizes, gap=gap, longest=longest)
+        firsts = np.full(len(whole), len(wanted.shards), dtype=np.int64)
+        np.minimum.at(firsts, whole.range_of, np.arange(len(wanted.shards)))
         missing = np.flatnonzero(~self._cached(wanted.shards, wanted.offsets))
         shards, offsets, sizes, workers = (column[missing] for column in wanted)
-        planned = ranges.plan(shards, offsets, sizes, gap=self._options.gap_bytes, longest=self._options.longest)
-        firsts = np.full(len(planned), len(shards), dtype=np.int64)
-        np.minimum.at(firsts, planned.range_of, np.arange(len(shards)))
-        places = zip(planned.shards.tolist(), planned.starts.tolist(), planned.stops.tolist(), strict=True)
-        fetched_here = (workers[firsts] == worker).tolist()
+        planned = ranges.plan(whole.range_of[missing], offsets, sizes, gap=gap, longest=longest)
+        fetched_here = (wanted.workers[firsts][planned.shards] == worker).tolist()
+        places = zip(
+            whole.shards[planned.shards].tolist(), planned.starts.tolist(), planned.stops.tolist(), strict=True
+        )
         made = [Range(*place) if own else None for place, own in zip(places, fetched_here, strict=True)]
         plan = Plan(self._ahead)
         spans = zip(shards.tolist(), offsets.tolist(), sizes.tolist(), strict=True)
         mine = (workers == worker).tolist()
         for (shard, offset, size), number, own in zip(spans, planned.range_of.tolist(), mine, strict=True):
             plan.add(made[number], shard, offset, size, own)
-        self._ahead.submit(each for each in made if each is not None)
+        plan.fetched = [each for each in made if each is not None]
+        self._ahead.submit(plan.fetched)
         return plan
+
+    def _adopt(self, plan: Plan) -> None:
+        """Fetch here what another worker was to fetch, and does not bring."""
+        places = np.array([(*place, size) for place, size in plan.shared.items()], dtype=np.int64)
+        planned = ranges.plan(*places.T, gap=self._options.gap_bytes, longest=self._options.longest)
+        columns = (planned.shards, planned.starts, planned.stops)
+        made = [Range(*place) for place in zip(*(column.tolist() for column in columns), strict=True)]
+        for (place, size), number in zip(plan.shared.items(), planned.range_of.tolist(), strict=True):
+            plan.add(made[number], *place, size, True)
+        plan.shared.clear()
+        plan.fetched += made
+        plan.ahead.submit(made)
 
     def _cached(self, shards: Integers, offsets: Integers) -> npt.NDArray[np.bool_]:
         if self._cache is None:
@@ -131,15 +149,20 @@ class RemoteShards:
             ShardMissingError, ShardChangedError: when the shard is gone, or not what was indexed.
             ShardUnreadableError: when it cannot be read before the deadline.
         """
-        mine = plan.ranges.pop((shard, offset), None) if plan is not None else None
-        if mine is not None:
-            return self._ahead.take(mine, offset)
+        place = (shard, offset)
+        if plan is not None and place in plan.ranges:
+            return plan.ahead.take(plan.ranges.pop(place), offset)
         if self._cache is not None:
-            shared = plan is not None and (shard, offset) in plan.shared
+            shared = plan is not None and place in plan.shared
             found = self._from_cache(shard, offset, size, _PATIENCE if shared else 0.0)
             if found is not None:
                 self._count(bytes_cached=size)
+                if plan is not None:
+                    plan.shared.pop(place, None)
                 return found
+            if plan is not None and shared:
+                self._adopt(plan)
+                return plan.ahead.take(plan.ranges.pop(place), offset)
         alone = Range(shard, offset, offset + size)
         alone.spans[offset] = size
         return bytes(self._fetch(alone, _NEVER))
@@ -161,7 +184,7 @@ class RemoteShards:
         while True:
             found = self._cache.get(name, size) if name >= 0 else None
             waited = time.monotonic() - began
-            if found is not None or waited >= patience:
+            if found is not None or waited >= patience or name < 0 or not self._cache.keeps:
                 self._ahead.waited += waited if patience else 0.0
                 return found
             time.sleep(_NAP)
@@ -181,8 +204,8 @@ class RemoteShards:
             f"bytes {wanted.start} to {wanted.stop - 1}",
             stopped,
         )
-        if not expected:
-            self._etags[wanted.shard] = answer.etag
+        if not expected and answer.etag:
+            self._agree(wanted.shard, url, answer.etag)
         self._count(bytes_read=wanted.size)
         data = memoryview(answer.data)
         if self._cache is not None:
@@ -208,19 +231,30 @@ class RemoteShards:
                 lock = self._etag_locks.setdefault(shard, threading.Lock())
             with lock:
                 if shard not in self._etags:
-                    self._retries.until_done(lambda: self._check(shard), url, "its description", stopped)
-                    self._etags.setdefault(shard, "")
+                    found = self._retries.until_done(lambda: self._check(shard, url), url, "its description", stopped)
+                    self._etags[shard] = comparable_etag(url, found)
             return self._etags[shard]
         self._etags[shard] = comparable
         return comparable
 
-    def _check(self, shard: int) -> None:
+    def _check(self, shard: int, url: str) -> str:
+        """The version of a shard that holds what was indexed, "" where its store names none."""
         try:
-            self._store.open_shard(self._dataset.urls[shard], self._dataset.fingerprints[shard]).close()
+            reader = self._store.open_shard(self._dataset.urls[shard], self._dataset.fingerprints[shard])
         except DynamsError:
             raise
         except Exception as error:
-            raise TransientError(f"{type(error).__name__}: {error}") from error
+            raise refused(error, url) from error
+        self._count(requests=1)  # its description and its header are two
+        reader.close()
+        return reader.etag if isinstance(reader, storage.RemoteReader) else ""
+
+    def _agree(self, shard: int, url: str, etag: str) -> None:
+        """Take the version of the first answer for the shard's; several were asked for before any answered."""
+        with self._mutex:
+            known = self._etags[shard] = self._etags[shard] or etag
+        if not same_etag(known, etag):
+            raise ShardChangedError(storage.changed_message(url, known, etag), shard=url)
 
 
 class Plan:
@@ -228,13 +262,16 @@ class Plan:
 
     Attributes:
         ranges: by (shard, offset) of a span, the range that holds it.
-        shared: (shard, offset) of the spans that another worker fetches.
+        shared: by (shard, offset) the size of the spans that another worker fetches, in the order of need.
+        fetched: all ranges that are fetched here, for other workers alone among them.
+        ahead: fetches the ranges; `RemoteShards.close` leaves it to the plans that were made before.
     """
 
     def __init__(self, ahead: ReadAhead):
         self.ranges: dict[tuple[int, int], Range] = {}
-        self.shared: set[tuple[int, int]] = set()
-        self._ahead = ahead
+        self.shared: dict[tuple[int, int], int] = {}
+        self.fetched: list[Range] = []
+        self.ahead = ahead
 
     def add(self, holder: Range | None, shard: int, offset: int, size: int, own: bool) -> None:
         """A span, the range that holds it (None: another worker's), and whether it is this worker's own."""
@@ -243,11 +280,11 @@ class Plan:
             if own:
                 self.ranges[shard, offset] = holder
         elif own:
-            self.shared.add((shard, offset))
+            self.shared[shard, offset] = size
 
     def forget(self) -> None:
         """Let go of what was not read."""
-        if self.ranges:
-            self._ahead.forget(self.ranges.values())
+        self.ahead.forget(self.fetched)
+        self.fetched.clear()
         self.ranges.clear()
         self.shared.clear()

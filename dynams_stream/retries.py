@@ -78,14 +78,14 @@ class Retries:
                 raise ShardChangedError(str(failure), shard=url) from failure
             wait = self._random.uniform(0, min(_LONGEST_WAIT, _FIRST_WAIT * 2 ** min(tries - 1, 20)))
             left = began + self._deadline - time.monotonic()
-            if wait >= left or stopped.is_set():
+            if wait < left:
+                self._warn(url, failure)
+            if wait >= left or stopped.wait(wait):
                 raise ShardUnreadableError(
                     f"{url}: {what} could not be had in {self._deadline:g} s: {tries} requests failed, the last one: "
                     f"{failure}; see that the store answers, or raise RemoteOptions(deadline=…)",
                     shard=url,
                 ) from failure
-            self._warn(url, failure)
-            stopped.wait(wait)
 
     def _warn(self, url: str, failure: TransientError) -> None:
         """Say once of each store that requests to it fail."""

@@ -1,7 +1,7 @@
 """A bounded file of this machine that keeps the samples which were fetched, for later epochs and for other processes.
 
     <folder>/samples.sqlite
-        shards       id, url, fingerprint        another fingerprint is another shard
+        shards       id, url, fingerprint        another fingerprint is another shard; id: 32 bits of a hash of both
         generations  number, name                the rounds that were read through this cache, in order
         samples      id, data                    id: shard · 2³¹ + offset / 512
         uses         id, generation              the newest generation that wanted the sample
@@ -17,14 +17,16 @@ Whatever goes wrong with the disk is logged once; reading goes on without the ca
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 import os
 import sqlite3
 import threading
 import time
+import weakref
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any, Final
 
 from dynams_stream.errors import UsageError
@@ -46,12 +48,12 @@ _LEAST_BYTES: Final = 1 << 20
 _LOG_BYTES: Final = 16 << 20  # SQLite's write-ahead log is cut to this when it has been taken over
 _BLOCK: Final = 512
 _OFFSET_BITS: Final = 31
+_TAKEN: Final = (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED, sqlite3.SQLITE_PROTOCOL)
 _BUSY_SECONDS: Final = 0.5
 _PAUSE_SECONDS: Final = 60.0
 _FULL_SECONDS: Final = 5.0
 _REMOVED: Final = 512  # samples removed at a time
 _KEPT_GENERATIONS: Final = 2
-_ABANDONED: Final[list[Any]] = []  # connections of a parent: a forked child may neither use nor close them
 
 
 class SampleCache:
@@ -81,7 +83,6 @@ class SampleCache:
         self._start()
 
     def _start(self) -> None:
-        self._owner = os.getpid()
         self._reading = _Connection(self.folder, self.limit_bytes)
         self._writing = _Connection(self.folder, self.limit_bytes)
         self._shards: dict[tuple[str, str], int] = {}
@@ -105,7 +106,6 @@ class SampleCache:
 
     def begin(self, name: str) -> None:
         """Say which selection is read from now on; processes that give the same name share a generation."""
-        self._own()
         if name == self._generation_name:
             return
         with self._connected(self._writing) as database:
@@ -121,17 +121,12 @@ class SampleCache:
 
     def ids(self, url: str, fingerprint: str, offsets: Sequence[int]) -> list[int]:
         """What the samples at these offsets of a shard are called here; -1 where that cannot be said."""
-        self._own()
         shard = self._shards.get((url, fingerprint))
         if shard is None:
             with self._connected(self._writing) as database:
                 if database is None:
                     return [-1] * len(offsets)
-                with database:
-                    named = (url, fingerprint)
-                    database.execute("INSERT OR IGNORE INTO shards (url, fingerprint) VALUES (?, ?)", named)
-                    found = database.execute("SELECT id FROM shards WHERE url = ? AND fingerprint = ?", named)
-                    shard = self._shards[named] = int(found.fetchone()[0])
+                shard = self._shards[url, fingerprint] = _shard_id(database, url, fingerprint)
             if shard is None:
                 return [-1] * len(offsets)
         base = shard << _OFFSET_BITS
@@ -142,7 +137,6 @@ class SampleCache:
 
     def present(self, ids: Sequence[int]) -> set[int]:
         """Which of these are here; from now on this generation wants them."""
-        self._own()
         rows: list[tuple[int, int]] = []
         with self._connected(self._reading) as database:
             if database is not None:
@@ -155,7 +149,6 @@ class SampleCache:
 
     def get(self, name: int, size: int) -> bytes | None:
         """One sample of `size` bytes; None when it is not here."""
-        self._own()
         with self._connected(self._reading) as database:
             if database is not None:
                 found = database.execute("SELECT data FROM samples WHERE id = ?", (name,)).fetchone()
@@ -165,7 +158,6 @@ class SampleCache:
 
     def put(self, samples: Sequence[tuple[int, bytes | memoryview]]) -> None:
         """Keep samples, unless there is no room for them."""
-        self._own()
         samples = [(name, data) for name, data in samples if name >= 0]
         if not samples or time.monotonic() < self._full_until:
             return
@@ -175,11 +167,18 @@ class SampleCache:
             while not self._insert(database, samples):
                 if not self._make_room(database):
                     self._full_until = time.monotonic() + _FULL_SECONDS
+                    free = self.limit_bytes - _PAGE_BYTES * database.execute("PRAGMA page_count").fetchone()[0]
+                    if free > 2 * sum(len(data) for _, data in samples) + _LEAST_BYTES:
+                        self._warn("the disk is full before the cache is; going on with what fits")
                     return
+
+    @property
+    def keeps(self) -> bool:
+        """Whether what is put is kept, as far as this process knows: the cache is neither full nor unusable."""
+        return time.monotonic() >= max(self._paused_until, self._full_until)
 
     def used_bytes(self) -> int:
         """Bytes of the file that are in use."""
-        self._own()
         with self._connected(self._reading) as database:
             if database is not None:
                 pages = database.execute("PRAGMA page_count").fetchone()[0]
@@ -189,7 +188,6 @@ class SampleCache:
 
     def close(self) -> None:
         """Give open files back; they are opened again when they are needed."""
-        self._own()
         self._reading.close()
         self._writing.close()
 
@@ -235,25 +233,29 @@ class SampleCache:
     @contextmanager
     def _connected(self, connection: _Connection) -> Iterator[sqlite3.Connection | None]:
         """The database for one thread at a time; None while the disk fails or others keep it locked."""
-        if time.monotonic() < self._paused_until:
-            yield None
-            return
         with connection.mutex:
+            database = None
+            if time.monotonic() >= self._paused_until:
+                try:
+                    database = connection.open()
+                except sqlite3.Error as error:
+                    self._failed(connection, error)
             try:
-                yield connection.open()
+                yield database
             except sqlite3.Error as error:
-                if getattr(error, "sqlite_errorcode", 0) & 0xFF in (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED):
-                    return  # others write; this one is not kept
-                connection.close()
-                self._paused_until = time.monotonic() + _PAUSE_SECONDS
-                if not self._warned:
-                    self._warned = True
-                    logger.warning("%s: the cache cannot be used (%s); going on without it", self.folder, error)
+                self._failed(connection, error)
 
-    def _own(self) -> None:
-        if self._owner != os.getpid():
-            _ABANDONED.append((self._reading, self._writing))
-            self._start()
+    def _failed(self, connection: _Connection, error: sqlite3.Error) -> None:
+        if getattr(error, "sqlite_errorcode", 0) & 0xFF in _TAKEN:
+            return  # others write; this one is not kept
+        connection.close()
+        self._paused_until = time.monotonic() + _PAUSE_SECONDS
+        self._warn("the cache cannot be used (%s); going on without it", error)
+
+    def _warn(self, text: str, *details: object) -> None:
+        if not self._warned:
+            self._warned = True
+            logger.warning("%s: " + text, self.folder, *details)
 
 
 class _Connection:
@@ -264,6 +266,8 @@ class _Connection:
         self._most_pages = limit_bytes // _PAGE_BYTES
         self._database: sqlite3.Connection | None = None
         self.mutex = threading.RLock()
+        with _ALL_MUTEX:
+            _ALL.add(self)
 
     def open(self) -> sqlite3.Connection:
         """The open database, with its tables."""
@@ -284,6 +288,41 @@ class _Connection:
                 self._database = None
 
 
+_ALL: Final[weakref.WeakSet[_Connection]] = weakref.WeakSet()
+_ALL_MUTEX: Final = threading.Lock()
+_FORKING: Final[list[_Connection]] = []  # connections whose mutex is held while the process forks
+
+
+def _before_fork() -> None:
+    """Close all files: a child that inherited them would take SQLite's locks for its own, and would damage the file."""
+    _ALL_MUTEX.acquire()
+    _FORKING.extend(_ALL)
+    for each in _FORKING:
+        each.mutex.acquire()
+        with suppress(sqlite3.Error):
+            each.close()
+
+
+def _after_fork() -> None:
+    while _FORKING:
+        _FORKING.pop().mutex.release()
+    _ALL_MUTEX.release()
+
+
+os.register_at_fork(before=_before_fork, after_in_parent=_after_fork, after_in_child=_after_fork)
+
+
+def _shard_id(database: sqlite3.Connection, url: str, fingerprint: str) -> int:
+    """A shard's number, 32 bits: from its name, so that it is the same in a file that was made anew meanwhile."""
+    number = int.from_bytes(hashlib.sha256(f"{url}\n{fingerprint}".encode()).digest()[:4])
+    while True:
+        found = database.execute("SELECT id FROM shards WHERE url = ? AND fingerprint = ?", (url, fingerprint))
+        if (row := found.fetchone()) is not None:
+            return int(row[0])
+        database.execute("INSERT OR IGNORE INTO shards VALUES (?, ?, ?)", (number, url, fingerprint))
+        number = (number + 1) % 2**32  # for when this one is another shard's
+
+
 def _prepare(database: sqlite3.Connection, most_pages: int) -> None:
     deadline = time.monotonic() + 10 * _BUSY_SECONDS
     while True:
@@ -291,8 +330,8 @@ def _prepare(database: sqlite3.Connection, most_pages: int) -> None:
             database.execute(f"PRAGMA page_size = {_PAGE_BYTES}")
             database.execute("PRAGMA journal_mode = WAL")
             break
-        except sqlite3.OperationalError:  # several processes begin at once
-            if time.monotonic() > deadline:
+        except sqlite3.OperationalError as error:  # several processes begin at once
+            if error.sqlite_errorcode & 0xFF not in _TAKEN or time.monotonic() > deadline:
                 raise
             time.sleep(0.01)
     database.execute("PRAGMA synchronous = NORMAL")

@@ -15,6 +15,7 @@ import errno
 import hashlib
 import os
 import re
+import stat
 import tempfile
 import time
 import uuid
@@ -125,6 +126,8 @@ class LocalReader:
             ) from error
         self.path = path
         status = os.fstat(self.descriptor)
+        if stat.S_ISDIR(status.st_mode):
+            raise ShardUnreadableError(f"{path}: a folder, not a file; name the shards in it", shard=path)
         self.size = status.st_size
         self.modified = status.st_mtime_ns
 
@@ -163,7 +166,12 @@ class RemoteReader:
         try:
             self._about = self._system.info(url)
         except FileNotFoundError as error:
+            refused = error.__cause__  # over HTTP fsspec takes whatever it could not ask for as missing
+            if url.startswith("http") and refused is not None and getattr(refused, "status", 0) not in (404, 410):
+                raise refused from None
             raise ShardMissingError(missing_message(url), shard=url) from error
+        if self._about["size"] is None:
+            raise ShardUnreadableError(f"{url}: its server does not say how large it is; use another one", shard=url)
         self.size = int(self._about["size"])
         self.etag = str(self._about.get("ETag") or self._about.get("etag") or self._about.get("generation") or "")
 

@@ -163,7 +163,7 @@ class ObjectServer:
         first = stop = None
         if "range" in headers:
             begin, _, last = headers["range"].removeprefix("bytes=").partition("-")
-            first, stop = int(begin), int(last) + 1
+            first, stop = int(begin), int(last or 2**62) + 1  # `bytes=5-` goes to the end
         return Request(len(self.requests), method, target.partition("?")[0], first, stop, headers.get("if-match", ""))
 
     def _end(self, connection: _Connection, request: Request, kind: str) -> None:
