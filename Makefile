@@ -4,7 +4,9 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: install demo test lint format bench clean
+PEERS := .venv-peers
+
+.PHONY: install demo test lint format bench bench-full bench-peers clean
 
 install: $(INSTALLED)
 
@@ -29,8 +31,29 @@ format: install
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
+# A small grid in some minutes. With `make bench-peers` before it, other projects' loaders stand beside ours.
 bench: install
 	$(BIN)/python benchmarks/streaming.py
+	$(BIN)/python benchmarks/set_up.py
+	$(BIN)/python benchmarks/engines.py
+	$(BIN)/python benchmarks/order.py
+
+# Everything: some hours, 20 GB of disk.
+bench-full: bench-peers
+	$(BIN)/python benchmarks/streaming.py --full --folder runs/bench/data
+	$(BIN)/python benchmarks/set_up.py
+	$(BIN)/python benchmarks/set_up.py --shards 100000 --folder runs/bench/set_up
+	$(BIN)/python benchmarks/set_up.py --flat --folder runs/bench/flat
+	$(BIN)/python benchmarks/engines.py
+	$(BIN)/python benchmarks/cold.py
+	$(BIN)/python benchmarks/order.py --train runs/bench/order
+
+# The peers need packages that this project must not: an environment of their own, which shares ours for the rest.
+bench-peers: install
+	test -x $(PEERS)/bin/python || $(PYTHON) -m venv $(PEERS)
+	$(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))' \
+		> "$$($(PEERS)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/main.pth"
+	$(PEERS)/bin/pip install --quiet --disable-pip-version-check -r benchmarks/peers/requirements.txt
 
 clean:
-	rm -rf $(VENV) runs build dist *.egg-info
+	rm -rf $(VENV) $(PEERS) runs build dist *.egg-info

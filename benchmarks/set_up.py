@@ -198,11 +198,13 @@ def measure_set_up(folder: Path) -> dict[str, Any]:
 
 
 def measure_flat(folder: Path, epochs: int = 50) -> dict[str, Any]:
-    """Resident memory and open files after each tenth of `epochs` epochs, a new round each fifth."""
+    """Growth of resident memory, and open files, after each tenth of `epochs` epochs, a new round each fifth."""
     from dynams_stream.store import Store
     from dynams_stream.stream import SelectedDataset
     from pipeline.select_job import select_round
 
+    gc.collect()
+    before = resident()
     store = Store(folder / "store")
     dataset = SelectedDataset(store, batch_size=BATCH)
     memory, files = [], []
@@ -214,7 +216,7 @@ def measure_flat(folder: Path, epochs: int = 50) -> dict[str, Any]:
             pass
         if epoch % 10 == 9:
             gc.collect()
-            memory.append(round(resident() / 1e6))
+            memory.append(round((resident() - before) / 1e6))
             files.append(len(os.listdir("/proc/self/fd")))
     return {"epochs": epochs, "samples an epoch": len(dataset), "memory MB": memory, "open files": files}
 
