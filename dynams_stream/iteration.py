@@ -27,7 +27,7 @@ logger = logging.getLogger(__name__)
 
 Integers = npt.NDArray[np.int64]
 
-_FIRST_CHUNK: Final = 128  # small, for an early first batch
+_FIRST_CHUNK: Final = 256  # small, for an early first batch
 _CHUNK_LANES: Final = 16  # a chunk takes about this many samples of each lane, so that looking up a shard pays
 _NOTHING: Final[Sample] = {}
 
@@ -131,7 +131,7 @@ class Pass:
         workers have to plan the same.
         """
         largest = reader.chunk_length(self.order.lanes * _CHUNK_LANES)
-        first, size = self.yielded, min(self.options.batch_size or _FIRST_CHUNK, largest)
+        first, size = self.yielded, min(max(self.options.batch_size or 1, _FIRST_CHUNK), largest)
         together = self.workers > 1 and reader.shares
         if together:  # the same cuts in all workers, however much each has yielded before
             batch = self.options.batch_size or 1
