@@ -131,20 +131,31 @@ class Pass:
         workers have to plan the same.
         """
         largest = reader.chunk_length(self.order.lanes * _CHUNK_LANES)
-        first, size = self.yielded, min(max(self.options.batch_size or 1, _FIRST_CHUNK), largest)
+        batch = self.options.batch_size or 1
+        first, size = self.yielded, min(max(batch, _FIRST_CHUNK), largest)
         together = self.workers > 1 and reader.shares
         if together:  # the same cuts in all workers, however much each has yielded before
-            batch = self.options.batch_size or 1
-            size = largest = max(1, largest // (batch * self.workers)) * batch
+            first, size = 0, max(1, largest // (batch * self.workers)) * batch
+            largest = size
         while first < self.own_length:
-            if together:
-                start = first - first % size
-                yield start, start + size, True
-                first = start + size
-            else:
-                stop = min(first + size, self.own_length)
-                yield first, stop, False
-                first, size = stop, min(4 * size, largest)
+            stop = first + size
+            if reader.fetches:
+                stop = self._end_of_windows(first, stop, batch)
+            if not together:
+                yield first, min(stop, self.own_length), False
+            elif stop > self.yielded:
+                yield first, stop, True
+            first, size = stop, min(4 * size, largest)
+
+    def _end_of_windows(self, first: int, stop: int, batch: int) -> int:
+        """The last own sample + 1 before `stop` with which the windows of all lanes end, or `stop` if there is none.
+
+        Two chunks that split a window would each fetch half of its samples, with gaps twice as large between them.
+        """
+        pool, share = self.order.lanes * self.order.window, self.ranks * self.workers
+        end = (self.place.start + stop * share) // pool * pool - self.place.start
+        own = end // share // batch * batch
+        return own if own > first else stop
 
     def _own(self, reader: SampleReader, first: int, stop: int) -> tuple[Chunk, Integers]:
         samples = worker_samples(first, stop, self.worker, self.workers, self.options.batch_size)
