@@ -24,6 +24,7 @@ import pyarrow.parquet as pq
 
 from dynams_stream import schema, storage, tar
 from dynams_stream.errors import StoreError
+from dynams_stream.own_mutex import OwnMutex
 
 PARTS_AT_MOST = 2000
 PARTS_AT_LEAST = 16
@@ -266,7 +267,8 @@ def _open_index(url: str) -> Iterator[tuple[pq.ParquetFile, _Layout]]:
     version = storage.version(url)
     if not version:
         raise StoreError(f"{url}: this part of the member index is gone; restore it, or index the dataset again")
-    layout = _FOOTERS.get((url, version))
+    with _FOOTERS_MUTEX.own():
+        layout = _FOOTERS.get((url, version))
     try:
         metadata = None if layout is None else layout.metadata
         with (
@@ -275,12 +277,7 @@ def _open_index(url: str) -> Iterator[tuple[pq.ParquetFile, _Layout]]:
         ):
             if layout is None:
                 layout = _layout(file.metadata, url)
-            _FOOTERS[url, version] = layout
-            _FOOTERS.move_to_end((url, version))
-            while (
-                len(_FOOTERS) > 1 and sum(each.metadata.serialized_size for each in _FOOTERS.values()) > _FOOTER_BYTES
-            ):
-                _FOOTERS.popitem(last=False)
+            _keep_footer((url, version), layout)
             yield file, layout
     except (pa.ArrowException, OSError) as error:
         raise StoreError(
@@ -289,6 +286,15 @@ def _open_index(url: str) -> Iterator[tuple[pq.ParquetFile, _Layout]]:
 
 
 _FOOTERS: Final[OrderedDict[tuple[str, str], _Layout]] = OrderedDict()  # a loader comes back for more of a part
+_FOOTERS_MUTEX: Final = OwnMutex()
+
+
+def _keep_footer(name: tuple[str, str], layout: _Layout) -> None:
+    with _FOOTERS_MUTEX.own():
+        _FOOTERS[name] = layout
+        _FOOTERS.move_to_end(name)
+        while len(_FOOTERS) > 1 and sum(each.metadata.serialized_size for each in _FOOTERS.values()) > _FOOTER_BYTES:
+            _FOOTERS.popitem(last=False)
 
 
 def _layout(metadata: pq.FileMetaData, url: str) -> _Layout:

@@ -224,6 +224,10 @@ class Pass:
             self.source.reported.add((failed.shared.shard, failed.row))
             logger.warning("skipped (%d of at most %d): %s", skipped, self.options.max_errors, named)
 
+    def note_dropped(self) -> None:
+        """A later stage of the pipeline has dropped samples."""
+        self.source.control.note_dropped(self.place)
+
     def blame(self, error: Exception) -> DynamsError:
         """A typed error for a later stage's, with the sample that the stage was given last."""
         number = self.yielded - self._chunk_start - 1

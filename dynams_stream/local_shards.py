@@ -9,6 +9,7 @@ when the kernel says that the last chunk came from a disk, the next one's ranges
 
 from __future__ import annotations
 
+import errno
 import os
 import resource
 from collections import OrderedDict
@@ -20,7 +21,7 @@ import numpy.typing as npt
 
 from dynams_stream import ranges, storage
 from dynams_stream.dataset import Dataset
-from dynams_stream.errors import ShardError
+from dynams_stream.errors import ShardError, ShardUnreadableError
 from dynams_stream.store import Store
 
 Integers = npt.NDArray[np.int64]
@@ -58,16 +59,28 @@ class LocalShards:
             ShardUnreadableError: when it may not be read.
         """
         while len(self._readers) >= self._most_open:
-            # A chunk goes round its shards again and again: when they are too many, closing the newest keeps the rest.
-            oldest = next(iter(self._readers))
-            closed, newest = self._readers.popitem(last=oldest in self._wanted)
-            del self.descriptors[closed]
-            newest.close()
-        reader = self._store.open_shard(self._dataset.urls[shard], self._dataset.fingerprints[shard])
+            self._close_one()
+        while True:
+            try:
+                reader = self._store.open_shard(self._dataset.urls[shard], self._dataset.fingerprints[shard])
+                break
+            except ShardUnreadableError as error:  # others in this process may have all that it may open
+                if getattr(error.__cause__, "errno", None) != errno.EMFILE or not self._readers:
+                    raise
+                self._close_one()
         assert isinstance(reader, storage.LocalReader)
         self._readers[shard] = reader
         self.descriptors[shard] = reader.descriptor
         return reader.descriptor
+
+    def _close_one(self) -> None:
+        # A chunk goes round its shards again and again: when they are too many, closing the newest keeps the rest.
+        oldest = next(iter(self._readers))
+        self._close(next(reversed(self._readers)) if oldest in self._wanted else oldest)
+
+    def _close(self, shard: int) -> None:
+        del self.descriptors[shard]
+        self._readers.pop(shard).close()
 
     def pread(self, shard: int, offset: int, size: int) -> bytes:
         """Exactly `size` bytes of a shard from `offset`.
@@ -91,6 +104,8 @@ class LocalShards:
         for shard in distinct:
             if shard in self._readers:
                 self._readers.move_to_end(shard)
+                if self._readers[shard].was_written():
+                    self._close(shard)  # opening it again finds out whether it is still what was indexed
         before, self._disk_reads = self._disk_reads, _disk_reads()
         if self._disk_reads > before:
             self._announce(shards, offsets, sizes)
@@ -109,9 +124,8 @@ class LocalShards:
 
     def close(self) -> None:
         """Give all files back; they are opened again when they are needed."""
-        self.descriptors.clear()
-        while self._readers:
-            self._readers.popitem()[1].close()
+        for shard in list(self._readers):
+            self._close(shard)
 
 
 def _disk_reads() -> int:

@@ -57,9 +57,7 @@ Integers = npt.NDArray[np.int64]
 _Words = npt.NDArray[np.uint64]
 
 LANES: Final = 960  # many divisors: 1 to 6, 8, 10, 12, 15, 16, 20, 24, 30, 32, 40, 48, 60, 64, … ranks own whole lanes
-_POOL_SAMPLES: Final = (
-    16 * 1024
-)  # lanes × window; up to so many samples are one lane with one window, a uniform shuffle
+_POOL_SAMPLES: Final = 16 * 1024  # lanes × window; up to so many are one lane with one window, a uniform shuffle
 
 _GOLDEN = 0x9E3779B97F4A7C15
 _MASK = 0xFFFFFFFFFFFFFFFF
@@ -73,9 +71,14 @@ def _ceiling(number: int, divisor: int) -> int:
     return -(-number // divisor)
 
 
-def default_lanes(total: int) -> int:
-    """The number of lanes for `total` selected samples: 1 for small selections, else 960 (`docs/order.md` says why)."""
-    return 1 if total <= _POOL_SAMPLES else LANES
+def default_lanes(total: int, window: int | None = None) -> int:
+    """The number of lanes for `total` selected samples: 1 for small selections, else 960 (`docs/order.md` says why).
+
+    With a window of one's own a single lane would mix no more than that, so that small selections get many lanes too.
+    """
+    if window is None:
+        return 1 if total <= _POOL_SAMPLES else LANES
+    return max(1, min(LANES, _ceiling(total, window)))
 
 
 def window_length(total: int, lanes: int) -> int:
@@ -113,7 +116,7 @@ class EpochOrder:
         shards = len(counts)
         self.total = int(np.sum(counts, dtype=np.int64))
         self.shuffle = shuffle
-        self.lanes = 1 if not shuffle else default_lanes(self.total) if lanes is None else lanes
+        self.lanes = 1 if not shuffle else default_lanes(self.total, window) if lanes is None else lanes
         self.window = window_length(self.total, self.lanes)
         if window is not None:
             self.window = max(1, min(int(window), _ceiling(self.total, self.lanes)))

@@ -12,7 +12,7 @@ from dynams_stream.remote_options import RemoteOptions
 from dynams_stream.sample_cache import SampleCache
 from dynams_stream.store import Store
 
-_INHERITED: Final[list[SampleReader]] = []  # a parent's readers: a forked child may neither use nor take them down
+_INHERITED: Final[list[SampleReader]] = []  # a parent's readers: a forked child may not even take them down
 
 
 class OwnReader:
@@ -41,6 +41,7 @@ class OwnReader:
                 if self._owner[0] == os.getpid():
                     self._reader.close()
                 else:
+                    self._reader.close_files()
                     _INHERITED.append(self._reader)
             self._reader, self._owner = SampleReader(self._store, dataset, **self._made_of), owner
         return self._reader

@@ -53,21 +53,20 @@ class Place(NamedTuple):
 
 
 class Begun(NamedTuple):
-    """The newest iteration that began: of which place, in workers or in the main process, and from where."""
+    """The newest iteration that began: in workers or in the main process, and where (workers may resume elsewhere)."""
 
-    serial: int = -1
-    in_workers: int = 0
-    start: int = 0
-    steps: int = 0
+    in_workers: bool
+    place: Place
 
 
 _FIELDS: Final = len(Place._fields)
 _WRITES: Final = 0  # odd while a place is being written
 _PLACE: Final = slice(1, 1 + _FIELDS)
-_CLAIM: Final = slice(1 + _FIELDS, 3 + _FIELDS)  # serial and iteration that claimed a loaded position
-_BEGUN: Final = slice(3 + _FIELDS, 7 + _FIELDS)
+_CLAIM: Final = slice(_PLACE.stop, _PLACE.stop + 2)  # serial and iteration that claimed a loaded position
+_BEGUN: Final = slice(_CLAIM.stop, _CLAIM.stop + 1 + _FIELDS)
+_DROPPED: Final = _BEGUN.stop  # serial of the newest place whose iterations have dropped samples
 _MOST_WORKERS: Final = 1024
-_SLOTS: Final = 7 + _FIELDS  # for each worker id, the serial whose position it has taken
+_SLOTS: Final = _DROPPED + 1  # for each worker id, the serial whose position it has taken
 _SKIPS: Final = _SLOTS + _MOST_WORKERS  # for each worker id, the iteration in which it has skipped samples
 _SKIPPED: Final = _SKIPS + _MOST_WORKERS  # and how many
 _ALL: Final = _SKIPPED + _MOST_WORKERS
@@ -86,6 +85,7 @@ class Control:
         self._shared[: _CLAIM.start] = 0
         self._owner = os.getpid()
         self._began_in = 0  # process in which this copy began an iteration, as a worker
+        self._iterations = 0  # how many iterations this worker has begun
 
     def publish(self, place: Place) -> None:
         """Make `place` what the next iterations read, here and in the workers."""
@@ -111,6 +111,7 @@ class Control:
                 )
             place = self.place if inherited else self._read()
             iteration, slot = worker.seed - worker.id, worker.id % _MOST_WORKERS
+            self._iterations += 1
         if place.loaded and not self._claim(place.serial, iteration, slot):
             place = place.from_the_beginning()
         self.mark_begun(place)
@@ -118,14 +119,23 @@ class Control:
 
     def mark_begun(self, place: Place) -> None:
         """Note for the main process that an iteration has begun at `place`."""
-        in_workers = int(get_worker_info() is not None)
-        self._shared[_BEGUN] = torch.tensor([place.serial, in_workers, place.start, place.steps])
+        self._shared[_BEGUN] = torch.tensor([int(get_worker_info() is not None), *place])
 
     def begun(self) -> Begun | None:
         """The newest iteration of the current place, if one has begun."""
         self._own()
-        begun = Begun(*self._shared[_BEGUN].tolist())
-        return begun if begun.serial == self.place.serial else None
+        in_workers, *place = self._shared[_BEGUN].tolist()
+        begun = Begun(bool(in_workers), Place(*place))
+        return begun if begun.place.serial == self.place.serial else None
+
+    def note_dropped(self, place: Place) -> None:
+        """Note that a stage of the pipeline has dropped samples of an iteration that began at `place`."""
+        self._shared[_DROPPED] = place.serial
+
+    def has_dropped(self) -> bool:
+        """Whether a stage has dropped samples of the current place, in any process."""
+        self._own()
+        return int(self._shared[_DROPPED]) == self.place.serial
 
     def count_skip(self, skipped: int) -> int:
         """Note that this process has skipped `skipped` samples in its iteration.
@@ -136,7 +146,8 @@ class Control:
         worker = get_worker_info()
         if worker is None:
             return skipped
-        iteration, slot = worker.seed - worker.id, worker.id % _MOST_WORKERS
+        # persistent workers keep their seed, and all begin equally many iterations
+        iteration, slot = hash((worker.seed - worker.id, self._iterations)), worker.id % _MOST_WORKERS
         self._shared[_SKIPPED + slot] = skipped
         self._shared[_SKIPS + slot] = iteration
         same = self._shared[_SKIPS:_SKIPPED] == iteration

@@ -13,6 +13,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Final, NamedTuple
 
 import numpy as np
@@ -208,7 +209,7 @@ class SampleReader:
             columns=self._columns(found, rows),
             bounds=found.bounds.ravel().tolist(),
             extras=self._extras(shards, places, selection, padded),
-            costs=_costs(found),
+            costs=_costs(found, self._is_remote[shards]),
             plan=plan,
         )
 
@@ -224,8 +225,9 @@ class SampleReader:
         return rows
 
     def _announce(self, shards: Integers, found: Found, workers: Integers | None, worker: int) -> Plan | None:
+        here = ~self._is_remote[shards]
+        self._local.begin_chunk(shards[here], found.offsets[here], np.maximum(found.spans[here], 0))
         if self._remote is None:
-            self._local.begin_chunk(shards, found.offsets, np.maximum(found.spans, 0))
             return None
         number, offsets, sizes = _spans(found)
         remote = self._is_remote[shards[number]]
@@ -306,33 +308,35 @@ class SampleReader:
     def _from_anywhere(self, chunk: Chunk, places: Iterator[tuple[Any, ...]], first: int) -> Iterator[Sample]:
         """Samples of remote shards, among which there may be local ones."""
         assert self._remote is not None
-        remote, plan = self._remote, chunk.plan
+        from_remote = partial(self._remote.pread, plan=chunk.plan)
         bounds = chunk.bounds_from(first)
         for (shard, head, keys), offset, span, key_start, key_stop, row, names in places:
             sample: Sample = {"__key__": keys[key_start:key_stop], **head}
             is_remote = self._is_remote[shard]
-            data = remote.pread(shard, offset, span, plan) if is_remote and span > 0 else b""
+            pread, at_once = (from_remote, span >= 0) if is_remote else (self._local.pread, 0 <= span <= _ONE_READ)
+            data = pread(shard, offset, span) if at_once and span else b""
             for name, begin, end in zip(names, bounds, bounds):  # noqa: B905 (they go on with the next sample's)
-                if not is_remote:
-                    sample[name] = self._local.pread(shard, offset + begin, end - begin)
-                elif span >= 0:
+                if at_once or begin == end:
                     sample[name] = data[begin:end]
                 else:
-                    sample[name] = remote.pread(shard, offset + begin, end - begin, plan) if end > begin else b""
+                    sample[name] = pread(shard, offset + begin, end - begin)
             sample["__row__"] = row
             yield sample
 
     def account(self, chunk: Chunk, read: int) -> None:
         """Count the first `read` samples of a chunk, which have been read."""
         used, from_files, reads = chunk.costs[:read].sum(axis=0).tolist()
+        self._count(samples=read, bytes_used=used, bytes_read=from_files, requests=reads)
         if self._remote is not None:
-            self._count(samples=read, bytes_used=used, wait_seconds=self._remote.take_waited())
-        else:
-            self._count(samples=read, bytes_used=used, bytes_read=from_files, requests=reads)
+            self._count(wait_seconds=self._remote.take_waited())
+
+    def close_files(self) -> None:
+        """Give all files of this machine back; they are opened again when they are needed."""
+        self._local.close()
 
     def close(self) -> None:
-        """Give all file handles back; they are opened again when they are needed."""
-        self._local.close()
+        """Give all files back, and fetch nothing more."""
+        self.close_files()
         if self._remote is not None:
             self._remote.close()
 
@@ -360,7 +364,8 @@ def _spans(found: Found) -> tuple[Integers, Integers, Integers]:
     return numbers[order], offsets[order], np.concatenate([found.spans[whole], sizes[members]])[order]
 
 
-def _costs(found: Found) -> Integers:
+def _costs(found: Found, remote: npt.NDArray[np.bool_]) -> Integers:
     used = found.sums(found.bounds[:, 1] - found.bounds[:, 0])
     at_once = (found.spans >= 0) & (found.spans <= _ONE_READ)
-    return np.stack([used, np.where(at_once, found.spans, used), np.where(at_once, 1, found.lengths)], axis=1)
+    from_files, reads = np.where(at_once, found.spans, used), np.where(at_once, 1, found.lengths)
+    return np.stack([used, np.where(remote, 0, from_files), np.where(remote, 0, reads)], axis=1)

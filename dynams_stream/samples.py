@@ -14,12 +14,13 @@ from torch.utils.data import Dataset
 from dynams_stream.content import Content, find_content, read_content
 from dynams_stream.iteration import name_error
 from dynams_stream.order import EpochOrder
+from dynams_stream.own_mutex import OwnMutex
 from dynams_stream.own_reader import OwnReader
 from dynams_stream.progress import EVERYTHING
 from dynams_stream.reading import Chunk, SampleReader
 from dynams_stream.remote_options import RemoteOptions
 from dynams_stream.sample_cache import SampleCache
-from dynams_stream.stats import Counters, OwnMutex, Stats
+from dynams_stream.stats import Counters, Stats
 from dynams_stream.store import Store, round_number
 
 

@@ -141,7 +141,7 @@ class Source(PipelineStage):  # type: ignore[misc]
         """The number of lanes in use at `place`."""
         if not self.options.shuffle:
             return 1
-        return place.lanes or default_lanes(self.content(place).selection.total)
+        return place.lanes or default_lanes(self.content(place).selection.total, place.window or None)
 
     def order_window(self, place: Place) -> int:
         """How many items of a lane are shuffled together at `place`."""
@@ -165,7 +165,8 @@ class Source(PipelineStage):  # type: ignore[misc]
         place, yielded = self.control.begin(), 0
         if self.resumed is not None:
             told, (place, yielded), self.resumed = place, self.resumed, None
-            self.control.mark_begun(place._replace(serial=told.serial))
+            place = place._replace(serial=told.serial)
+            self.control.mark_begun(place)
             self.warn_of_other_epoch(told, place)
         self.newest = Pass(self, place, yielded, refusal)
         return self.newest

@@ -52,8 +52,14 @@ def state_of(source: Source, steps: int | None, refusal: str | None) -> State:
         return _worker_state(source, run)
     place = source.control.place
     if begun is not None:
-        place = place._replace(start=begun.start, steps=begun.steps)
+        place = begun.place
     if steps is not None:
+        if source.control.has_dropped():
+            raise StateError(
+                "a stage of the pipeline drops samples (select, or a map that gives None), so batches do not tell how "
+                "many samples were consumed: have them skipped in `prepare` with on_error='skip', or left out of the "
+                "selection, or use torchdata's StatefulDataLoader"
+            )
         return _state_after(source, place, steps)
     if begun is None:
         return _state(source, place, place.start, place.steps)
@@ -130,6 +136,7 @@ def load_state(source: Source, state: Mapping[str, Any]) -> None:
     """
     check_state(state, {"algorithm": ALGORITHM_VERSION, "seed": source.options.seed})
     check_state(state, {"shuffle": source.options.shuffle})
+    _check_numbers(state)
     place = Place(
         epoch=state["epoch"],
         round=state["round"] or EVERYTHING,
@@ -142,6 +149,11 @@ def load_state(source: Source, state: Mapping[str, Any]) -> None:
     )
     content = source.content(place)
     check_state(state, {"dataset": content.dataset.digest, "selection": content.selection.digest})
+    if place.start > content.selection.total:
+        raise StateError(
+            f"the state says that {place.start} of {content.selection.total} selected samples were consumed; it is "
+            f"damaged: take another one, or start the epoch anew with set_epoch"
+        )
     worker = get_worker_info()
     if worker is not None:
         rank, ranks = source.split()
@@ -153,7 +165,7 @@ def load_state(source: Source, state: Mapping[str, Any]) -> None:
         raise StateError("this is one worker's state; make a movable one with SelectedDataset.global_state")
     current = source.control.place
     waiting = current.chosen and source.control.begun() is None and current.epoch != place.epoch
-    if waiting and place.start >= content.selection.total:
+    if waiting and current.epoch > place.epoch and place.start >= content.selection.total:
         return  # that epoch is over; a StatefulDataLoader without workers loads late, after the next set_epoch
     if waiting:
         source.warn_of_other_epoch(current, place)
@@ -200,6 +212,20 @@ def check_state(state: Mapping[str, Any], mine: Mapping[str, Any]) -> None:
         if state.get(field) != value:
             raise StateError(
                 f"the state was made with {field} = {state.get(field)!r}, this dataset has {value!r}; {_ADVICE[field]}"
+            )
+
+
+def _check_numbers(state: Mapping[str, Any]) -> None:
+    """Refuse a state that was damaged on its way."""
+    least = {"epoch": 0, "round": 1, "samples": 0, "steps": 0, "lanes": 1, "window": 1}
+    for field, smallest in least.items():
+        value = state.get(field)
+        if field == "round" and field in state and value is None:
+            continue
+        if isinstance(value, bool) or not isinstance(value, int) or not smallest <= value < 2**63:
+            raise StateError(
+                f"the state has {field} = {value!r}, which no state has; it is damaged: take another one, or start the "
+                f"epoch anew with set_epoch"
             )
 
 

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import os
-import threading
 from dataclasses import dataclass, fields
-from typing import Any, Final
+from typing import Final
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch.utils.data import get_worker_info
+
+from dynams_stream.own_mutex import OwnMutex
 
 _MOST_WORKERS: Final = 1024
 _SCALE: Final = 1e9  # seconds are kept as whole nanoseconds
@@ -24,7 +25,8 @@ class Stats:
         samples: samples that were read, unreadable ones not among them.
         skipped: samples that could not be read or prepared, and were replaced.
         bytes_used: bytes of the samples that were read.
-        bytes_read: bytes that were read or received for them, gaps between merged ranges and repeated tries included.
+        bytes_read: bytes that were read or received for them, gaps between merged ranges included; what tries that
+            failed had received is not.
         bytes_cached: bytes of samples that came from the local cache.
         requests: reads of local shards, or requests sent to an object store, retries included.
         retries: requests that were sent again.
@@ -74,21 +76,10 @@ class Counters:
         return row
 
 
-class OwnMutex:
-    """A lock for each process: one that a thread held while it was forked would never be free in the child."""
-
-    def __init__(self) -> None:
-        self._lock, self._pid = threading.Lock(), os.getpid()
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return OwnMutex, ()
-
-    def own(self) -> threading.Lock:
-        """This process's lock."""
-        if self._pid != os.getpid():
-            self._lock, self._pid = threading.Lock(), os.getpid()
-        return self._lock
-
-
 def _zeros() -> torch.Tensor:
-    return torch.zeros((1 + _MOST_WORKERS, len(_FIELDS)), dtype=torch.int64).share_memory_()  # type: ignore[no-untyped-call, no-any-return]
+    """Made in shared memory; moving them there would take OpenMP's threads, which no forked process has."""
+    shape = (1 + _MOST_WORKERS, len(_FIELDS))
+    storage = torch.UntypedStorage._new_shared(8 * shape[0] * shape[1])  # type: ignore[no-untyped-call]
+    zeros: torch.Tensor = torch.empty(0, dtype=torch.int64).set_(storage, 0, shape)  # type: ignore[call-overload]
+    zeros.numpy()[:] = 0
+    return zeros

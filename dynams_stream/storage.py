@@ -121,15 +121,19 @@ class LocalReader:
         except FileNotFoundError as error:
             raise ShardMissingError(missing_message(path), shard=path) from error
         except OSError as error:
-            raise ShardUnreadableError(
-                f"{path}: cannot be opened ({error}); see that it may be read", shard=path
-            ) from error
+            advice = "raise `ulimit -n`" if error.errno in (errno.EMFILE, errno.ENFILE) else "see that it may be read"
+            raise ShardUnreadableError(f"{path}: cannot be opened ({error}); {advice}", shard=path) from error
         self.path = path
         status = os.fstat(self.descriptor)
         if stat.S_ISDIR(status.st_mode):
             raise ShardUnreadableError(f"{path}: a folder, not a file; name the shards in it", shard=path)
         self.size = status.st_size
         self.modified = status.st_mtime_ns
+
+    def was_written(self) -> bool:
+        """Whether the file was written to since it was opened."""
+        status = os.fstat(self.descriptor)
+        return (status.st_size, status.st_mtime_ns) != (self.size, self.modified)
 
     def pread(self, offset: int, size: int) -> bytes:
         pieces: list[bytes] = []
@@ -158,13 +162,20 @@ class LocalReader:
 
 
 class RemoteReader:
-    """Positioned reads of an object through fsspec, one range request each."""
+    """Positioned reads of an object through fsspec, one range request each.
 
-    def __init__(self, url: str):
+    Args:
+        url: the object.
+        system: the file system to ask instead of the one that all share.
+        options: what its methods take besides.
+    """
+
+    def __init__(self, url: str, system: fsspec.AbstractFileSystem | None = None, **options: object):
         self.url = url
-        self._system = file_system(url)
+        self._system = system or file_system(url)
+        self._options = options
         try:
-            self._about = self._system.info(url)
+            self._about = self._system.info(url, **options)
         except FileNotFoundError as error:
             refused = error.__cause__  # over HTTP fsspec takes whatever it could not ask for as missing
             if url.startswith("http") and refused is not None and getattr(refused, "status", 0) not in (404, 410):
@@ -179,7 +190,7 @@ class RemoteReader:
         if size == 0:
             return b""
         try:
-            data = bytes(self._system.cat_file(self.url, start=offset, end=offset + size))
+            data = bytes(self._system.cat_file(self.url, start=offset, end=offset + size, **self._options))
         except FileNotFoundError as error:
             raise ShardMissingError(missing_message(self.url), shard=self.url) from error
         except OSError as error:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Final
@@ -67,9 +68,13 @@ class SelectedDataset(DataPipeline, FluidInterface):  # type: ignore[misc]
         rank, world_size: this process's part; by default `torch.distributed`'s, else 0 of 1. When they are given, each
             process finds "latest" for itself: name the round to make sure that all read the same.
 
+    Under `torch.distributed` all ranks have to make it, as they have to call `set_epoch`: they agree on the round. Give
+    `rank=0, world_size=1` to a dataset of one rank alone (a validation by rank 0).
+
     Raises:
         UsageError: for an argument out of range.
         NotIndexedError, RoundNotFoundError: when the store lacks what is to be streamed.
+        StateError: when the ranks ask for different things.
     """
 
     def __init__(
@@ -212,7 +217,8 @@ class SelectedDataset(DataPipeline, FluidInterface):  # type: ignore[misc]
         stream: Iterator[Any] = iter(begun)
         for stage in self.pipeline[1:]:
             stream = self.invoke(stage, stream)
-        return _watched(stream, begun)
+        batches = math.prod(stage.size for stage in self.pipeline[1:] if isinstance(stage, Batches))
+        return _watched(stream, begun, batches)
 
     # ---- stages ------------------------------------------------------------------------------------------------------
 
@@ -261,7 +267,8 @@ class SelectedDataset(DataPipeline, FluidInterface):  # type: ignore[misc]
         In a worker (asked by a `StatefulDataLoader`) it is the worker's own state; `global_state` makes a movable one.
 
         Raises:
-            StateError: when it cannot be known, or a stage of the pipeline holds samples back.
+            StateError: when it cannot be known, a stage of the pipeline holds samples back, or one drops samples and
+                `steps` are all that is known.
         """
         if steps is not None:
             _require_integer("steps", steps, 0)
@@ -306,14 +313,21 @@ def _raising(error: Exception) -> Iterator[Any]:
     yield
 
 
-def _watched(stream: Iterator[Any], begun: Pass) -> Iterator[Any]:
-    """Errors of later stages, with the sample that they were given last."""
+def _watched(stream: Iterator[Any], begun: Pass, batch: int) -> Iterator[Any]:
+    """What the stages give, one for each `batch` samples: notes when some were dropped, and names those that fail."""
+    given = begun.yielded
     try:
-        yield from stream
+        for each in stream:
+            given += batch
+            if begun.yielded > given:
+                begun.note_dropped()
+            yield each
     except DynamsError:
         raise
     except Exception as error:
         raise begun.blame(error) from error
+    if begun.yielded >= given + batch:  # fewer may be the rest that makes no whole batch
+        begun.note_dropped()
 
 
 # ---- arguments -------------------------------------------------------------------------------------------------------

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -105,6 +107,41 @@ def test_few_files_are_open_and_a_chunk_goes_round_them(store: Store, monkeypatc
     shards.close()
     assert shards.descriptors == {}
     assert len(shards.pread(4, 512, 100)) == 100
+
+
+MANY_FILES = """
+import os, resource, sys
+from dynams_stream.stream import SelectedDataset
+
+resource.setrlimit(resource.RLIMIT_NOFILE, (64, 64))
+train, validation = SelectedDataset(sys.argv[1]), SelectedDataset(sys.argv[1])
+train_keys = [sample["__key__"] for sample in train]
+if os.fork() == 0:
+    os._exit(train_keys != [sample["__key__"] for sample in train])
+assert os.wait()[1] == 0
+validation_keys = [sample["__key__"] for sample in validation]
+taken = []
+while True:
+    try:
+        taken.append(os.open("/dev/null", os.O_RDONLY))
+    except OSError:
+        break
+assert [sample["__key__"] for sample in train] == train_keys == validation_keys
+print(len(train_keys))
+train.pipeline[0]._reader._reader.close()
+taken += [os.open("/dev/null", os.O_RDONLY) for _ in range(32)]
+list(train)
+"""
+
+
+def test_datasets_share_the_files_that_a_process_may_open(tmp_path: Path) -> None:
+    store = stream_stores.make_store(tmp_path, [2] * 60)
+    run = subprocess.run(
+        [sys.executable, "-c", MANY_FILES, store.url], capture_output=True, text=True, check=False, timeout=60
+    )
+    assert run.stdout == "120\n", run.stderr
+    assert "cannot be opened ([Errno 24] Too many open files" in run.stderr.splitlines()[-1]
+    assert "raise `ulimit -n`" in run.stderr.splitlines()[-1]
 
 
 def test_open_files_and_descriptors_are_given_back(store: Store) -> None:

@@ -239,6 +239,16 @@ def test_lanes_depend_on_the_number_of_samples_alone(total: int, lanes: int) -> 
     assert 960 % lanes == 0
 
 
+@pytest.mark.parametrize("total", [1000, 16_384])
+def test_a_small_window_mixes_small_selections_too(total: int) -> None:
+    counts = np.full(10, total // 10)
+    order = EpochOrder(counts, window=4)
+    assert sorted(whole_order(order)) == whole_order(EpochOrder(counts, shuffle=False))
+    shards = order.locate(np.arange(100))[0]
+    assert len(np.unique(shards)) == 10
+    assert unevenness(order.locate(np.arange(order.total))[0], 100) < 1.5
+
+
 @pytest.mark.parametrize("total", [1, 100, 16_384, 20_000, 100_000, 1_000_000, 10**9])
 def test_the_shuffle_pool_is_large_enough(total: int) -> None:
     lanes = default_lanes(total)

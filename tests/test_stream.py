@@ -305,6 +305,10 @@ def test_a_missing_shard_is_named(own_store: Store) -> None:
     assert (caught.value.shard, caught.value.key is None) == (path, False)
 
 
+def unchanged(batch: Any) -> Any:
+    return batch
+
+
 class FailsOn:
     """A `prepare` that fails for some samples."""
 
@@ -551,6 +555,20 @@ def test_a_finished_epoch_stays_finished_on_other_ranks(store: Store) -> None:
         assert len(list(resumed)) == len(resumed) > 0
 
 
+def test_a_finished_state_stays_finished_after_an_earlier_epoch_was_set(store: Store) -> None:
+    dataset = SelectedDataset(store, batch_size=4)
+    dataset.set_epoch(5)
+    list(dataset)
+    state = dataset.state_dict()
+    resumed = SelectedDataset(store, batch_size=4)
+    resumed.set_epoch(0)
+    resumed.load_state_dict(state)
+    resumed.set_epoch(5)
+    assert list(resumed) == []
+    resumed.set_epoch(6)
+    assert len(list(resumed)) == len(resumed) > 0
+
+
 def test_a_state_pins_its_round(own_store: Store) -> None:
     old, new = stream_stores.some_rows(own_store, 0.5, 1), stream_stores.some_rows(own_store, 0.4, 2)
     stream_stores.publish(own_store, old)
@@ -601,6 +619,59 @@ def test_states_of_something_else_are_refused(store: Store, change: dict[str, An
     state = SelectedDataset(store, batch_size=4).state_dict(steps=1)
     with pytest.raises(StateError, match=message):
         SelectedDataset(store).load_state_dict({**state, **change})
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("epoch", None),
+        ("round", 0),
+        ("round", "latest"),
+        ("samples", "1"),
+        ("samples", -3),
+        ("lanes", 0),
+        ("steps", 1.5),
+    ],
+)
+def test_damaged_states_are_refused(store: Store, field: str, value: Any) -> None:
+    state = SelectedDataset(store, batch_size=4).state_dict(steps=1)
+    with pytest.raises(StateError, match=f"the state has {field} = {value!r}, which no state has"):
+        SelectedDataset(store).load_state_dict({**state, field: value})
+    without = {name: each for name, each in state.items() if name != field}
+    with pytest.raises(StateError, match="no state of a SelectedDataset" if field == "samples" else f"{field} = None"):
+        SelectedDataset(store).load_state_dict(without)
+
+
+def test_a_state_beyond_the_end_is_refused(store: Store, rows: list[list[int]]) -> None:
+    total = sum(map(len, rows))
+    state = SelectedDataset(store, batch_size=4).state_dict(steps=1)
+    with pytest.raises(StateError, match=f"says that {total + 1} of {total} selected samples were consumed"):
+        SelectedDataset(store).load_state_dict({**state, "samples": total + 1})
+
+
+@pytest.mark.parametrize("kind", ["select", "map", "after batches"])
+@pytest.mark.parametrize("workers", [0, 1])
+def test_steps_do_not_tell_where_an_epoch_stands_when_samples_are_dropped(
+    store: Store, rows: list[list[int]], kind: str, workers: int
+) -> None:
+    bad = expected_order(rows)[6]
+    dataset = SelectedDataset(store, batch_size=4).map(identity)
+    loaded = {
+        "select": lambda: dataset.select(lambda sample: sample != bad),
+        "map": lambda: dataset.map(lambda sample: None if sample == bad else sample),
+        "after batches": lambda: dataset.listed(4).select(lambda batch: bad not in batch),
+    }[kind]()
+    size = None if kind == "after batches" else 4
+    loader = DataLoader(loaded, batch_size=size, num_workers=workers, collate_fn=list if size else unchanged)
+    running = iter(loader)
+    assert list(next(running)) == expected_order(rows)[:4]
+    seen = 1 + len(list(running))
+    with pytest.raises(StateError, match="a stage of the pipeline drops samples"):
+        dataset.state_dict(steps=seen)
+    if workers == 0:
+        assert dataset.state_dict()["samples"] == sum(map(len, rows))  # counted where they are read
+    dataset.set_epoch(1)
+    assert dataset.state_dict(steps=0)["samples"] == 0
 
 
 def test_what_is_no_state_is_refused(store: Store) -> None:

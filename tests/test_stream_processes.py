@@ -412,6 +412,32 @@ def test_a_stateful_loader_pins_the_round_of_its_state(own_store: Store) -> None
     assert list(loader) == cut(expected_order(new, epoch=1), 4)
 
 
+def test_the_dataset_knows_where_the_workers_of_a_stateful_loader_went_on(own_store: Store) -> None:
+    old, new = stream_stores.some_rows(own_store, 0.5, 1), stream_stores.some_rows(own_store, 0.4, 2)
+    stream_stores.publish(own_store, old)
+    dataset = make(own_store)
+    dataset.set_epoch(3)
+    loader = load(dataset, 2, 4, StatefulDataLoader)
+    running = iter(loader)
+    before = [next(running), next(running)]
+    state = loader.state_dict()
+    stream_stores.publish(own_store, new)
+    for epochs in ([3], []):  # the dataset is told of the newer round, or of nothing; the workers know better
+        dataset = make(own_store)
+        for epoch in epochs:
+            dataset.set_epoch(epoch)
+        loader = load(dataset, 2, 4, StatefulDataLoader)
+        loader.load_state_dict(state)
+        running = iter(loader)
+        after = [next(running)]
+        global_state = dataset.state_dict(steps=3)
+        assert (global_state["epoch"], global_state["round"], global_state["samples"]) == (3, 1, 12)
+        moved = make(own_store)
+        moved.load_state_dict(global_state)
+        assert before + after + list(load(moved, 0)) == cut(expected_order(old, epoch=3), 4)
+        list(running)
+
+
 def test_a_stateful_loaders_state_of_other_batches_is_refused(store: Store) -> None:
     loader = load(SelectedDataset(store).map(identity), 2, 4, StatefulDataLoader)  # batches of 4, but not told so
     running = iter(loader)

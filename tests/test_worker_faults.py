@@ -84,6 +84,15 @@ def test_skipped_samples_are_counted_over_all_workers(store: Store, method: str)
         list(DataLoader(dataset, **options))
 
 
+def test_persistent_workers_count_each_iteration_for_itself(store: Store) -> None:
+    dataset = SelectedDataset(store, batch_size=5, prepare=FailsOn((2, 4), (4, 9)), on_error="skip", max_errors=3)
+    loader = DataLoader(dataset, batch_size=5, num_workers=2, collate_fn=pairs, persistent_workers=True)
+    for epoch in range(6):
+        dataset.set_epoch(epoch)
+        assert sum(map(len, loader)) == sum(COUNTS)
+    assert 12 <= dataset.stats().skipped <= 18  # a bad sample may stand in for the other one
+
+
 def test_a_bad_sample_is_logged_once_over_the_epochs(store: Store, caplog: pytest.LogCaptureFixture) -> None:
     dataset = SelectedDataset(store, prepare=FailsOn((2, 4)), on_error="skip", max_errors=1)
     with caplog.at_level(logging.WARNING):
@@ -110,11 +119,32 @@ def test_a_shard_cut_short_in_mid_epoch_is_detected(store: Store) -> None:
     assert (caught.value.shard, caught.value.key is None) == (str(path), False)
 
 
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_shard_that_is_overwritten_between_epochs_is_detected(store: Store, workers: int) -> None:
+    path = Path(store.dataset().urls[2])
+    other = path.read_bytes().replace(b"2004", b"9999")
+    dataset = SelectedDataset(store, batch_size=4)
+    loader = DataLoader(
+        dataset,
+        batch_size=4,
+        num_workers=workers,
+        collate_fn=list,
+        persistent_workers=workers > 0,
+        prefetch_factor=None,
+    )
+    assert sum(map(len, loader)) == sum(COUNTS)
+    with open(path, "r+b") as file:  # as `cp` does: the same file, which is open in the reader, with other bytes
+        file.write(other)
+    dataset.set_epoch(1)
+    with pytest.raises(ShardChangedError, match=r"data-002\.tar: not the shard that was indexed"):
+        list(loader)
+
+
 def test_a_shard_that_cannot_be_read_is_named(store: Store) -> None:
     path = Path(store.dataset().urls[2])
     path.unlink()
     path.mkdir()
-    with pytest.raises(ShardUnreadableError, match=r"data-002\.tar.*cannot be read") as caught:
+    with pytest.raises(ShardUnreadableError, match=r"data-002\.tar.*a folder, not a file") as caught:
         list(SelectedDataset(store))
     assert caught.value.shard == str(path)
     assert isinstance(caught.value.row, int)
