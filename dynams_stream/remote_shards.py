@@ -3,13 +3,16 @@
     chunk of spans ──cache has it?──► no ──plan──► ranges ──► ReadAhead ──► Retries ──► Transport
                                 └► yes ─────────────────────────────────► pread
 
-Each request names the version of the shard that was indexed (`If-Match`). Where a store's fingerprint cannot be
-compared so (a moved copy, Google's interfaces, a store without entity tags), the shard is checked once before its first
-range, and the version that answers then is asked for from then on.
+Each request names the version of the shard that was indexed (`If-Match`). Where the version in a fingerprint cannot
+be asked for (a moved copy, Google's interfaces, a store without entity tags, Azure through fsspec), each process checks
+the shard's fingerprint once, before its first range (a moved copy's without the version). The version that answers then
+is asked for from then on, where answers tell one. Through fsspec only S3 and HTTP do: with other protocols, and with a
+store without entity tags, that check is all.
 
 Workers of one rank that have a cache plan the same ranges over the samples of all of them. A range belongs to the
 worker that needs its first sample; the others wait for it to put their samples into the cache. As batches are asked for
-in order, nobody waits in a circle; who waits too long fetches for itself.
+in order, nobody waits in a circle; who waits too long fetches for itself. Samples of shards without an entity tag are
+not kept: a shard that was written anew may have the same fingerprint.
 """
 
 from __future__ import annotations
@@ -17,6 +20,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable
+from functools import cached_property
 from typing import Final, NamedTuple
 
 import numpy as np
@@ -30,13 +34,12 @@ from dynams_stream.remote_options import RemoteOptions
 from dynams_stream.retries import Retries
 from dynams_stream.sample_cache import SampleCache
 from dynams_stream.store import Store
-from dynams_stream.transport import Transport, comparable_etag, refused, same_etag
+from dynams_stream.transport import Transport, refused, same_etag
 
 Integers = npt.NDArray[np.int64]
 
 _PATIENCE: Final = 5.0  # seconds for which a range of another worker is waited for
 _NAP: Final = 0.002
-_NEVER: Final = threading.Event()
 
 
 class Wanted(NamedTuple):
@@ -82,6 +85,7 @@ class RemoteShards:
         self._ahead = ReadAhead(self._fetch, threads=options.in_flight, budget=options.read_ahead)
         self._etags: dict[int, str] = {}
         self._etag_locks: dict[int, threading.Lock] = {}
+        self._failed_checks: dict[int, tuple[float, DynamsError]] = {}
         self._mutex = threading.Lock()
 
     # ---- before a chunk is read --------------------------------------------------------------------------------------
@@ -93,6 +97,7 @@ class RemoteShards:
             wanted: what all workers need that share a cache; else this one's needs alone.
             worker: which of them this one is.
         """
+        wanted = self._for_own_or_cache(wanted, worker)
         gap, longest = self._options.gap_bytes, self._options.longest
         # who fetches what follows from all that is wanted, so that workers agree whatever each finds in the cache
         whole = ranges.plan(wanted.shards, wanted.offsets, wanted.sizes, gap=gap, longest=longest)
@@ -114,6 +119,13 @@ class RemoteShards:
         plan.fetched = [each for each in made if each is not None]
         self._ahead.submit(plan.fetched)
         return plan
+
+    def _for_own_or_cache(self, wanted: Wanted, worker: int) -> Wanted:
+        """What is wanted, less what others want and fetching it here would not bring them, as nothing keeps it."""
+        kept = wanted.workers == worker
+        if self._cache is not None and self._cache.keeps:
+            kept |= self._cacheable[wanted.shards]
+        return Wanted(*(column[kept] for column in wanted))
 
     def _adopt(self, plan: Plan) -> None:
         """Fetch here what another worker was to fetch, and does not bring."""
@@ -165,7 +177,7 @@ class RemoteShards:
                 return plan.ahead.take(plan.ranges.pop(place), offset)
         alone = Range(shard, offset, offset + size)
         alone.spans[offset] = size
-        return bytes(self._fetch(alone, _NEVER))
+        return bytes(self._fetch(alone))
 
     def take_waited(self) -> float:
         """Seconds in which bytes were waited for since this was asked last."""
@@ -191,18 +203,25 @@ class RemoteShards:
 
     def _names(self, shard: int, offsets: list[int]) -> list[int]:
         assert self._cache is not None
+        if not self._cacheable[shard]:
+            return [-1] * len(offsets)
         return self._cache.ids(self._dataset.urls[shard], self._dataset.fingerprints[shard], offsets)
+
+    @cached_property
+    def _cacheable(self) -> npt.NDArray[np.bool_]:
+        """For each shard whether its fingerprint tells it from all that are written in its place."""
+        return np.array([bool(storage.etag_of(each)) for each in self._dataset.fingerprints], dtype=np.bool_)
 
     # ---- fetching, in the threads of the read-ahead ------------------------------------------------------------------
 
-    def _fetch(self, wanted: Range, stopped: threading.Event) -> memoryview:
+    def _fetch(self, wanted: Range) -> memoryview:
         url = self._store.shard_url(self._dataset.urls[wanted.shard])
-        expected = self._etag(wanted.shard, url, stopped)
+        expected = self._etag(wanted.shard, url, wanted.stopped)
         answer = self._retries.until_done(
             lambda: self._transport.get(url, wanted.start, wanted.stop, expected),
             url,
             f"bytes {wanted.start} to {wanted.stop - 1}",
-            stopped,
+            wanted.stopped,
         )
         if not expected and answer.etag:
             self._agree(wanted.shard, url, answer.etag)
@@ -225,29 +244,44 @@ class RemoteShards:
         if known is not None:
             return known
         recorded = storage.etag_of(self._dataset.fingerprints[shard])
-        comparable = "" if self._store.shards_at is not None else comparable_etag(url, recorded)
+        comparable = "" if self._store.shards_at is not None else self._transport.comparable_etag(url, recorded)
         if not comparable:
-            with self._mutex:
-                lock = self._etag_locks.setdefault(shard, threading.Lock())
-            with lock:
-                if shard not in self._etags:
-                    found = self._retries.until_done(lambda: self._check(shard, url), url, "its description", stopped)
-                    self._etags[shard] = comparable_etag(url, found)
-            return self._etags[shard]
+            return self._checked(shard, url, stopped)
         self._etags[shard] = comparable
         return comparable
 
+    def _checked(self, shard: int, url: str, stopped: threading.Event) -> str:
+        """The version of a shard after its check, which one thread makes, for better or worse, for all that wait."""
+        began = time.monotonic()
+        with self._mutex:
+            lock = self._etag_locks.setdefault(shard, threading.Lock())
+        with lock:
+            failed = self._failed_checks.get(shard)
+            if failed is not None and failed[0] >= began:
+                raise failed[1]
+            if shard not in self._etags:
+                try:
+                    found = self._retries.until_done(lambda: self._check(shard, url), url, "its description", stopped)
+                except DynamsError as error:
+                    self._failed_checks[shard] = time.monotonic(), error
+                    raise
+                self._etags[shard] = self._transport.comparable_etag(url, found)
+        return self._etags[shard]
+
     def _check(self, shard: int, url: str) -> str:
         """The version of a shard that holds what was indexed, "" where its store names none."""
+        indexed = self._dataset.fingerprints[shard]
         try:
-            reader = self._store.open_shard(self._dataset.urls[shard], self._dataset.fingerprints[shard])
+            reader = self._transport.open_reader(url)
+            found = storage.fingerprint(reader)
         except DynamsError:
             raise
         except Exception as error:
             raise refused(error, url) from error
         self._count(requests=1)  # its description and its header are two
-        reader.close()
-        return reader.etag if isinstance(reader, storage.RemoteReader) else ""
+        if not storage.same_bytes(indexed, found, moved=self._store.shards_at is not None):
+            raise ShardChangedError(storage.changed_message(url, indexed, found), shard=url)
+        return reader.etag
 
     def _agree(self, shard: int, url: str, etag: str) -> None:
         """Take the version of the first answer for the shard's; several were asked for before any answered."""

@@ -17,6 +17,7 @@ from contextlib import contextmanager
 from typing import Final, TypeVar
 
 from dynams_stream.errors import ShardChangedError, ShardUnreadableError
+from dynams_stream.read_ahead import StoppedError
 from dynams_stream.remote_options import RemoteOptions
 from dynams_stream.transport import TransientError
 
@@ -51,9 +52,10 @@ class Retries:
         Args:
             ask: makes one request; raises TransientError when it may be made again.
             url: the object, and `what` of it is asked for; for the message.
-            stopped: ends the waiting early; the last failure is raised then.
+            stopped: ends the waiting early.
 
         Raises:
+            StoppedError: when `stopped` was set before it succeeded.
             ShardUnreadableError: when it did not succeed before the deadline.
             ShardChangedError: when the store gives fewer bytes than there were, again and again.
         """
@@ -78,14 +80,15 @@ class Retries:
                 raise ShardChangedError(str(failure), shard=url) from failure
             wait = self._random.uniform(0, min(_LONGEST_WAIT, _FIRST_WAIT * 2 ** min(tries - 1, 20)))
             left = began + self._deadline - time.monotonic()
-            if wait < left:
-                self._warn(url, failure)
-            if wait >= left or stopped.wait(wait):
+            if wait >= left:
                 raise ShardUnreadableError(
                     f"{url}: {what} could not be had in {self._deadline:g} s: {tries} requests failed, the last one: "
                     f"{failure}; see that the store answers, or raise RemoteOptions(deadline=…)",
                     shard=url,
                 ) from failure
+            self._warn(url, failure)
+            if stopped.wait(wait):
+                raise StoppedError from failure
 
     def _warn(self, url: str, failure: TransientError) -> None:
         """Say once of each store that requests to it fail."""

@@ -2,15 +2,17 @@
 
     <folder>/samples.sqlite
         shards       id, url, fingerprint        another fingerprint is another shard; id: 32 bits of a hash of both
-        generations  number, name                the rounds that were read through this cache, in order
+        generations  number, name                the selections that were read through this cache, in order
         samples      id, data                    id: shard · 2³¹ + offset / 512
         uses         id, generation              the newest generation that wanted the sample
 
 SQLite keeps it whole when processes are killed, lets several processes write in turns and all of them read at once, and
-holds the file to its limit (`max_page_count`). When it is full, samples make room that neither of the two newest
-generations wanted; neighbouring rounds share most of their samples. Among the others nothing is thrown away: an epoch
-reads everything once, in a random order, so that what was used last is needed again last, and throwing away the least
-recently used would throw away what comes next.
+holds the file to its limit (`max_page_count`). Samples leave some of its pages to the other tables, so that a full
+cache still takes note of new rounds and of what they want. When it is full, samples make room that neither of the two
+newest generations wanted; neighbouring rounds share most of their samples. Among the others nothing is thrown away: an
+epoch reads everything once, in a random order, so that what was used last is needed again last, and throwing away the
+least recently used would throw away what comes next. Two selections that alternate (training, validation) stay two
+generations; when a third one begins, the older one's samples may go.
 
 Whatever goes wrong with the disk is logged once; reading goes on without the cache.
 """
@@ -42,7 +44,13 @@ _TABLES: Final = f"""
     CREATE INDEX IF NOT EXISTS by_generation ON uses (generation);
     PRAGMA user_version = {_VERSION};
 """
-_NEWEST: Final = "SELECT number, name FROM generations ORDER BY number DESC LIMIT 1"
+_NEWEST: Final = "SELECT name, number FROM generations ORDER BY number DESC LIMIT ?"
+_UNWANTED: Final = """
+    SELECT id FROM uses WHERE generation <= (SELECT max(number) FROM generations) - ? ORDER BY generation LIMIT ?
+"""
+_EMPTY: Final = """
+    BEGIN IMMEDIATE; DELETE FROM samples; DELETE FROM uses; COMMIT; VACUUM; PRAGMA wal_checkpoint(TRUNCATE);
+"""
 _PAGE_BYTES: Final = 4096
 _LEAST_BYTES: Final = 1 << 20
 _LOG_BYTES: Final = 16 << 20  # SQLite's write-ahead log is cut to this when it has been taken over
@@ -51,19 +59,22 @@ _OFFSET_BITS: Final = 31
 _TAKEN: Final = (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED, sqlite3.SQLITE_PROTOCOL)
 _BUSY_SECONDS: Final = 0.5
 _PAUSE_SECONDS: Final = 60.0
-_FULL_SECONDS: Final = 5.0
+_FULL_SECONDS: Final = 60.0  # until a full cache is tried again; a new generation tries at once
 _REMOVED: Final = 512  # samples removed at a time
 _KEPT_GENERATIONS: Final = 2
+_RESERVE: Final = 64  # samples leave one page in so many to the other tables,
+_LEAST_RESERVE: Final = 8  # and at least so many
 
 
 class SampleCache:
     """Keeps samples of remote shards in a folder of this machine, within a number of bytes.
 
-    Several datasets, ranks and workers may share one folder; they should give it one limit. It can be pickled and
-    survives a fork. The folder has to be on a disk of this machine (SQLite's log does not work over a network).
+    Ranks, workers and datasets may share one folder, and give it one limit then. But a full cache spares the two newest
+    selections alone: a dataset that gets new rounds keeps its samples better in a folder of its own. It can be pickled
+    and survives a fork. The folder has to be on a disk of this machine (SQLite's log does not work over a network).
 
     Args:
-        folder: made if absent.
+        folder: made if absent. When its file is larger than the limit, which was lowered then, it is begun anew.
         limit_bytes: the most that the samples may take on the disk, 1 MiB or more; a write-ahead log of about 16 MiB
             comes on top.
 
@@ -105,7 +116,7 @@ class SampleCache:
     # ---- names -------------------------------------------------------------------------------------------------------
 
     def begin(self, name: str) -> None:
-        """Say which selection is read from now on; processes that give the same name share a generation."""
+        """Say which selection is read from now on; one of the newest names goes on with its generation."""
         if name == self._generation_name:
             return
         with self._connected(self._writing) as database:
@@ -113,11 +124,11 @@ class SampleCache:
                 return
             with database:
                 database.execute("BEGIN IMMEDIATE")
-                newest = database.execute(_NEWEST).fetchone()
-                if newest is None or newest[1] != name:
+                newest = dict(database.execute(_NEWEST, (_KEPT_GENERATIONS,)).fetchall())
+                if name not in newest:
                     database.execute("INSERT INTO generations (name) VALUES (?)", (name,))
-                    newest = database.execute(_NEWEST).fetchone()
-            self._generation, self._generation_name = int(newest[0]), name
+                    newest = dict(database.execute(_NEWEST, (_KEPT_GENERATIONS,)).fetchall())
+            self._generation, self._generation_name, self._full_until = newest[name], name, 0.0
 
     def ids(self, url: str, fingerprint: str, offsets: Sequence[int]) -> list[int]:
         """What the samples at these offsets of a shard are called here; -1 where that cannot be said."""
@@ -167,8 +178,8 @@ class SampleCache:
             while not self._insert(database, samples):
                 if not self._make_room(database):
                     self._full_until = time.monotonic() + _FULL_SECONDS
-                    free = self.limit_bytes - _PAGE_BYTES * database.execute("PRAGMA page_count").fetchone()[0]
-                    if free > 2 * sum(len(data) for _, data in samples) + _LEAST_BYTES:
+                    free = self._sample_pages - database.execute("PRAGMA page_count").fetchone()[0]
+                    if _PAGE_BYTES * free > 2 * sum(len(data) for _, data in samples) + _LEAST_BYTES:
                         self._warn("the disk is full before the cache is; going on with what fits")
                     return
 
@@ -181,9 +192,7 @@ class SampleCache:
         """Bytes of the file that are in use."""
         with self._connected(self._reading) as database:
             if database is not None:
-                pages = database.execute("PRAGMA page_count").fetchone()[0]
-                free = database.execute("PRAGMA freelist_count").fetchone()[0]
-                return int(pages - free) * _PAGE_BYTES
+                return _pages_used(database) * _PAGE_BYTES
         return 0
 
     def close(self) -> None:
@@ -193,6 +202,12 @@ class SampleCache:
 
     # ---- inside ------------------------------------------------------------------------------------------------------
 
+    @property
+    def _sample_pages(self) -> int:
+        """How many pages may be in use when a sample is added."""
+        pages = self.limit_bytes // _PAGE_BYTES
+        return pages - max(_LEAST_RESERVE, pages // _RESERVE)
+
     def _insert(self, database: sqlite3.Connection, samples: Sequence[tuple[int, bytes | memoryview]]) -> bool:
         """Whether they fitted."""
         try:
@@ -201,20 +216,19 @@ class SampleCache:
                 database.executemany("INSERT OR REPLACE INTO samples (id, data) VALUES (?, ?)", samples)
                 uses = [(name, self._generation) for name, _ in samples]
                 database.executemany("INSERT OR REPLACE INTO uses (id, generation) VALUES (?, ?)", uses)
+                fitted = _pages_used(database) <= self._sample_pages
+                database.execute("COMMIT" if fitted else "ROLLBACK")
         except sqlite3.OperationalError as error:
             if error.sqlite_errorcode != sqlite3.SQLITE_FULL:
                 raise
             return False
-        return True
+        return fitted
 
     def _make_room(self, database: sqlite3.Connection) -> bool:
         """Remove some samples that no new generation wants; False when there are none."""
         with database:
             database.execute("BEGIN IMMEDIATE")
-            oldest = database.execute(
-                "SELECT id FROM uses WHERE generation <= ? ORDER BY generation LIMIT ?",
-                (self._generation - _KEPT_GENERATIONS, _REMOVED),
-            ).fetchall()
+            oldest = database.execute(_UNWANTED, (_KEPT_GENERATIONS, _REMOVED)).fetchall()
             database.executemany("DELETE FROM samples WHERE id = ?", oldest)
             database.executemany("DELETE FROM uses WHERE id = ?", oldest)
         return bool(oldest)
@@ -243,7 +257,11 @@ class SampleCache:
             try:
                 yield database
             except sqlite3.Error as error:
-                self._failed(connection, error)
+                if database is not None and getattr(error, "sqlite_errorcode", 0) == sqlite3.SQLITE_FULL:
+                    with suppress(sqlite3.Error):
+                        self._make_room(database)  # nothing was written; the next one may find a page
+                else:
+                    self._failed(connection, error)
 
     def _failed(self, connection: _Connection, error: sqlite3.Error) -> None:
         if getattr(error, "sqlite_errorcode", 0) & 0xFF in _TAKEN:
@@ -274,7 +292,7 @@ class _Connection:
         if self._database is None:
             database = sqlite3.connect(self._path, timeout=_BUSY_SECONDS, isolation_level=None, check_same_thread=False)
             try:
-                _prepare(database, self._most_pages)
+                _prepare(database, self._path, self._most_pages)
             except BaseException:
                 database.close()
                 raise
@@ -323,7 +341,7 @@ def _shard_id(database: sqlite3.Connection, url: str, fingerprint: str) -> int:
         number = (number + 1) % 2**32  # for when this one is another shard's
 
 
-def _prepare(database: sqlite3.Connection, most_pages: int) -> None:
+def _prepare(database: sqlite3.Connection, path: str, most_pages: int) -> None:
     deadline = time.monotonic() + 10 * _BUSY_SECONDS
     while True:
         try:
@@ -338,4 +356,12 @@ def _prepare(database: sqlite3.Connection, most_pages: int) -> None:
     database.execute(f"PRAGMA journal_size_limit = {_LOG_BYTES}")
     if database.execute("PRAGMA user_version").fetchone()[0] != _VERSION:
         database.executescript(f"BEGIN IMMEDIATE; {_TABLES} COMMIT;")
+    if database.execute("PRAGMA page_count").fetchone()[0] > most_pages:
+        logger.warning("%s: larger than limit_bytes is now; removing its samples", path)
+        database.executescript(_EMPTY)
     database.execute(f"PRAGMA max_page_count = {most_pages}")
+
+
+def _pages_used(database: sqlite3.Connection) -> int:
+    pages, free = (database.execute(f"PRAGMA {name}").fetchone()[0] for name in ("page_count", "freelist_count"))
+    return int(pages - free)

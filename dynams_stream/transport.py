@@ -6,7 +6,8 @@ does not survive a fork, so that a process which was forked after its parent had
 as do protocols that obstore does not know, and addresses that it cannot ask for.
 
 Nothing is tried twice here (`retries` does that): each way in asks once, names the version that it expects
-(`If-Match`), and tells failures that may pass from those that will not.
+(`If-Match`), and tells failures that may pass from those that will not. Through fsspec, versions are asked for on S3
+and over HTTP alone; of other protocols it takes what it is given.
 """
 
 from __future__ import annotations
@@ -16,14 +17,21 @@ import logging
 import os
 import re
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, Final, NamedTuple
 from urllib.parse import unquote
 
 import fsspec
 
 from dynams_stream import storage
-from dynams_stream.errors import MissingExtraError, ShardChangedError, ShardMissingError, ShardUnreadableError
+from dynams_stream.errors import (
+    DynamsError,
+    MissingExtraError,
+    ShardChangedError,
+    ShardMissingError,
+    ShardUnreadableError,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -99,6 +107,19 @@ class Transport:
             raise ShardChangedError(storage.changed_message(url, etag, answer.etag), shard=url)
         return answer
 
+    def comparable_etag(self, url: str, etag: str) -> str:
+        """The version in a fingerprint as it can be asked for here; "" when it cannot.
+
+        Weak tags cannot be asked for (RFC 9110, section 13.1.1).
+        """
+        return etag if self._client(url).compares and not etag.startswith("W/") else ""
+
+    def open_reader(self, url: str) -> storage.RemoteReader:
+        """A reader that asks once for each of its answers, and does not wait for one longer than the timeout."""
+        with _setting_up(url):
+            system, options = _once_trying(url, self._timeout)
+        return storage.RemoteReader(url, system, **options)
+
     def _client(self, url: str) -> _Client:
         scheme, _, rest = url.partition("://")
         host, _, path = rest.partition("/")
@@ -108,7 +129,9 @@ class Transport:
             with self._mutex:
                 client = self._clients.get((root, fits))
                 if client is None:
-                    self._clients[root, fits] = client = self._connect(scheme, root, fits)
+                    with _setting_up(url):
+                        client = self._connect(scheme, root, fits)
+                    self._clients[root, fits] = client
         return client
 
     def _connect(self, scheme: str, root: str, fits: bool) -> _Client:
@@ -123,7 +146,17 @@ class Transport:
         return _ObstoreClient(root, self._timeout, self._connections)
 
 
-_Client = Callable[[str, int, int, str], Answer]
+@contextmanager
+def _setting_up(url: str) -> Iterator[None]:
+    """What fails without any request is of the user's making."""
+    try:
+        yield
+    except DynamsError:
+        raise
+    except Exception as error:
+        reason = f"cannot be asked for ({type(error).__name__}: {str(error).partition(chr(10))[0]})"
+        advice = "check its address, the configuration of its store (region, endpoint, profile) and the credentials"
+        raise ShardUnreadableError(f"{url}: {reason}; {advice}", shard=url) from error
 
 
 def _fits_obstore(scheme: str, path: str) -> bool:
@@ -136,16 +169,6 @@ def _fits_obstore(scheme: str, path: str) -> bool:
 def same_etag(one: str, other: str) -> bool:
     """Whether two entity tags name one version; some clients leave the quotes out."""
     return one.strip(_QUOTE) == other.strip(_QUOTE)
-
-
-def comparable_etag(url: str, etag: str) -> str:
-    """The version in a fingerprint as obstore sees it; "" when the two cannot be compared.
-
-    Google's JSON interface, which gcsfs asks, names versions in another way than the XML interface that obstore asks.
-    Weak tags cannot be asked for (RFC 9110, section 13.1.1), and fsspec does not give those that it gets.
-    """
-    comparable = _SCHEMES.get(url.partition("://")[0], "") in ("s3", "azure", "http") and not etag.startswith("W/")
-    return etag if comparable else ""
 
 
 def _if_match(etag: str) -> str:
@@ -182,14 +205,21 @@ os.register_at_fork(before=_hold_for_child, after_in_parent=_INHERITED.pop)
 
 
 class _ObstoreClient:
-    """Requests to one bucket, container or host through obstore."""
+    """Requests to one bucket, container or host through obstore.
+
+    Attributes:
+        compares: whether the versions in fingerprints are those that it asks for. Google's JSON interface, which gcsfs
+            asks, names them in another way than the XML interface that obstore asks.
+    """
 
     def __init__(self, root: str, timeout: float, connections: int):
         import obstore
 
+        kind = _SCHEMES[root.partition("://")[0]]
+        self.compares = kind != "gcs"
         self._get = obstore.get
         self._root = root
-        self._quotes = _SCHEMES[root.partition("://")[0]] == "http"  # addresses are quoted already, keys are not
+        self._quotes = kind == "http"  # addresses are quoted already, keys are not
         self._store = _open_store(root, timeout, connections)
 
     def __call__(self, url: str, start: int, stop: int, etag: str) -> Answer:
@@ -268,8 +298,10 @@ def _judged(error: Exception, url: str, start: int, stop: int, etag: str) -> Exc
     if text.find("Requested ") >= 0 and text.find(", got ") >= 0:
         return TransientError(text, short=True)
     if kind == "NotSupportedError" or "non-partial response" in text:
-        reason = "its server gives no byte ranges; serve it from one that does"
-        return ShardUnreadableError(f"{url}: {reason}", shard=url)
+        return ShardUnreadableError(_without_ranges_message(url), shard=url)
+    if "redirect without LOCATION" in text:
+        advice = "set the region of its bucket (AWS_DEFAULT_REGION), or the endpoint of its store (AWS_ENDPOINT_URL)"
+        return ShardUnreadableError(f"{url}: its store says that it is elsewhere ({text}); {advice}", shard=url)
     if kind == "GenericError" and not status:  # no connection, a reset, a timeout, a body that ends early
         return TransientError(text)
     return ShardUnreadableError(_unreadable_message(url, text), shard=url)
@@ -279,24 +311,32 @@ def _unreadable_message(url: str, reason: object) -> str:
     return f"{url}: cannot be read ({reason}); check its address and the credentials"
 
 
+def _without_ranges_message(url: str) -> str:
+    return f"{url}: its server gives no byte ranges; serve it from one that does"
+
+
 # ---- fsspec ----------------------------------------------------------------------------------------------------------
 
 
 class _FsspecClient:
-    """Requests through fsspec's file system of the protocol."""
+    """Requests through fsspec's file system of the protocol.
+
+    Attributes:
+        compares: whether versions are asked for, and compared: the other file systems cannot do it.
+    """
 
     def __init__(self, root: str, timeout: float):
         self._kind = _SCHEMES.get(root.partition("://")[0], "")
-        self._system = storage.file_system(root)
-        if self._kind == "s3":
-            self._system = _once_trying(self._system, timeout)
-        self._options: dict[str, Any] = {"timeout": timeout} if self._system.async_impl else {}  # for fsspec's `sync`
+        self.compares = self._kind in ("s3", "http")
+        self._system, self._options = _once_trying(root, timeout)
 
     def __call__(self, url: str, start: int, stop: int, etag: str) -> Answer:
         try:
             return self._answer(url, start, stop, etag)
         except FileNotFoundError as error:
             raise ShardMissingError(storage.missing_message(url), shard=url) from error
+        except DynamsError:
+            raise
         except Exception as error:
             code = storage.refusal(error)
             if code in ("PreconditionFailed", "412"):
@@ -307,27 +347,53 @@ class _FsspecClient:
 
     def _answer(self, url: str, start: int, stop: int, etag: str) -> Answer:
         condition = _if_match(etag)
-        if self._kind == "s3" and condition:
+        if self._kind == "s3":
             bucket, key, _ = self._system.split_path(url)
-            found = self._system.call_s3(
-                "get_object", Bucket=bucket, Key=key, Range=f"bytes={start}-{stop - 1}", IfMatch=condition
-            )
+            wanted = {"Bucket": bucket, "Key": key, "Range": f"bytes={start}-{stop - 1}"}
+            found = self._system.call_s3("get_object", **wanted, **({"IfMatch": condition} if condition else {}))
             return Answer(self._body(found), found.get("ETag", ""))
-        headers = {"headers": {"If-Match": condition}} if self._kind == "http" and condition else {}
-        return Answer(self._system.cat_file(url, start=start, end=stop, **headers, **self._options), "")
+        if self._kind == "http":
+            answer: Answer = self._waited_for(self._over_http, url, start, stop, condition, **self._options)
+            return answer
+        return Answer(self._system.cat_file(url, start=start, end=stop, **self._options), "")
+
+    async def _over_http(self, url: str, start: int, stop: int, condition: str) -> Answer:
+        """As the file system's own `cat_file`, which does not give the version of the answer."""
+        options = dict(self._system.kwargs)
+        headers = {**options.pop("headers", {}), "Range": f"bytes={start}-{stop - 1}"}
+        if condition:
+            headers["If-Match"] = condition
+        session = await self._system.set_session()
+        async with session.get(self._system.encode_url(url), headers=headers, **options) as answer:
+            self._system._raise_not_found_for_status(answer, url)
+            if answer.status != 206:
+                raise ShardUnreadableError(_without_ranges_message(url), shard=url)
+            return Answer(await answer.read(), answer.headers.get("ETag", ""))
 
     def _body(self, found: Mapping[str, Any]) -> bytes:
+        return bytes(self._waited_for(found["Body"].read))
+
+    def _waited_for(self, ask: Any, *arguments: Any, **options: Any) -> Any:
         from fsspec.asyn import sync
 
-        return bytes(sync(self._system.loop, found["Body"].read))
+        return sync(self._system.loop, ask, *arguments, **options)
 
 
-def _once_trying(system: Any, timeout: float) -> Any:
-    """An s3fs of its own that tries nothing again: it and botocore together would try 25 times, for minutes."""
-    config = {"retries": {"total_max_attempts": 1}, "read_timeout": timeout, "connect_timeout": timeout}
-    own = type(system)(**{**system.storage_options, "config_kwargs": {**system.config_kwargs, **config}})
-    own.retries = 1
-    return own
+_Client = _ObstoreClient | _FsspecClient
+
+
+def _once_trying(url: str, timeout: float) -> tuple[Any, dict[str, Any]]:
+    """fsspec's file system of a protocol, and what its methods take for the timeout.
+
+    S3's tries nothing again: s3fs and botocore together would try 25 times, for minutes.
+    """
+    system = storage.file_system(url)
+    if _SCHEMES.get(url.partition("://")[0]) == "s3":
+        config = {"retries": {"total_max_attempts": 1}, "read_timeout": timeout, "connect_timeout": timeout}
+        system = type(system)(**{**system.storage_options, "config_kwargs": {**system.config_kwargs, **config}})
+        system.retries = 1
+        system.connect()  # what is wrong with the configuration shows here
+    return system, {"timeout": timeout} if system.async_impl else {}
 
 
 def refused(error: Exception, url: str) -> Exception:

@@ -20,7 +20,8 @@ from hypothesis import strategies as st
 from object_server import ObjectServer
 
 from dynams_stream import ranges, read_ahead
-from dynams_stream.read_ahead import Range, ReadAhead
+from dynams_stream.errors import ShardUnreadableError
+from dynams_stream.read_ahead import Range, ReadAhead, StoppedError
 from dynams_stream.store import Store
 from pipeline.index_job import build_index
 
@@ -45,13 +46,13 @@ class Fetcher:
         self._open: set[int] = set()
         self._changed = threading.Condition()
 
-    def __call__(self, wanted: Range, stopped: threading.Event) -> bytes:
+    def __call__(self, wanted: Range) -> bytes:
         with self._changed:
             self.begun.append(wanted.start)
             self._under_way += 1
             self.most_at_once = max(self.most_at_once, self._under_way)
             deadline = time.monotonic() + SECONDS
-            while self._gated and wanted.start not in self._open and not stopped.is_set():
+            while self._gated and wanted.start not in self._open and not wanted.stopped.is_set():
                 assert time.monotonic() < deadline
                 self._changed.wait(0.01)
             self._under_way -= 1
@@ -95,7 +96,7 @@ def made() -> Iterator[list[ReadAhead]]:
 
 @pytest.fixture
 def make(made: list[ReadAhead]) -> Callable[..., Watched]:
-    def maker(fetch: Callable[[Range, threading.Event], bytes], *, threads: int = 1, budget: int = 10**6) -> Watched:
+    def maker(fetch: Callable[[Range], bytes], *, threads: int = 1, budget: int = 10**6) -> Watched:
         made.append(Watched(fetch, threads=threads, budget=budget))
         return made[-1]  # type: ignore[return-value]
 
@@ -256,6 +257,35 @@ def test_what_is_waited_for_is_begun_even_when_the_budget_is_full(make: Callable
     assert (ahead.most_held, ahead._held) == (30, 0)
 
 
+def test_all_that_several_threads_wait_for_is_begun_even_when_the_budget_is_full(make: Callable[..., Watched]) -> None:
+    fetch = Fetcher(gated=True)
+    ahead = make(fetch, threads=1, budget=20)
+    planned = [whole(0, 10), whole(50, 10), whole(100, 10), whole(200, 10), whole(300, 10)]
+    ahead.submit(planned)
+    fetch.let_through(0, 100, 200, 300)
+    eventually(lambda: fetch.begun == [0, 50])
+    waiting = [Taking(ahead, each) for each in planned[2:4]]
+    for each in waiting:
+        each.start()
+        eventually(lambda each=each: ahead._queue[0] is each.wanted)  # type: ignore[misc]
+    fetch.let_through(50)
+    for each in waiting:
+        each.join(SECONDS)
+    assert [each.data for each in waiting] == [DATA[100:110], DATA[200:210]]
+    assert fetch.begun == [0, 50, 200, 100]
+
+
+class Taking(threading.Thread):
+    """A thread that takes the only span of a range."""
+
+    def __init__(self, ahead: ReadAhead, wanted: Range):
+        super().__init__(daemon=True)
+        self.ahead, self.wanted, self.data = ahead, wanted, b""
+
+    def run(self) -> None:
+        self.data = self.ahead.take(self.wanted, self.wanted.start)
+
+
 def test_each_span_is_given_once_and_counts_until_then(make: Callable[..., Watched]) -> None:
     ahead = make(Fetcher())
     one = spanned(100, 100, {150: 20, 100: 10, 190: 10})
@@ -328,7 +358,7 @@ def test_a_panic_of_the_transport_is_raised_and_hangs_nobody(make: Callable[...,
     class PanicError(BaseException):
         pass
 
-    def fetch(wanted: Range, stopped: threading.Event) -> bytes:
+    def fetch(wanted: Range) -> bytes:
         if wanted.start == 0:
             raise PanicError("called `Option::unwrap()` on a `None` value")
         return DATA[wanted.start : wanted.stop]
@@ -370,6 +400,74 @@ def test_forgetting_what_was_taken_in_part_frees_the_rest(make: Callable[..., Wa
     assert ahead._held == 0
 
 
+class Retrying:
+    """Fetches that fail until a test says otherwise, and wait for long between; what is stopped is given up.
+
+    Attributes:
+        works: whether a try succeeds.
+        begun, ended: first byte of each range, in the order in which their fetching began, and ended.
+    """
+
+    def __init__(self) -> None:
+        self.works = False
+        self.begun: list[int] = []
+        self.ended: list[int] = []
+
+    def __call__(self, wanted: Range) -> bytes:
+        self.begun.append(wanted.start)
+        try:
+            if not self.works and wanted.stopped.wait(SECONDS):
+                raise StoppedError
+            return DATA[wanted.start : wanted.stop]
+        finally:
+            self.ended.append(wanted.start)
+
+
+def test_forgetting_ends_the_tries_of_what_nobody_needs_any_more(make: Callable[..., Watched]) -> None:
+    fetch = Retrying()
+    ahead = make(fetch, threads=2)
+    planned = [whole(0, 10), whole(10, 10), whole(20, 10)]
+    ahead.submit(planned)
+    eventually(lambda: len(fetch.begun) == 2)
+    ahead.forget(planned[:1])
+    eventually(lambda: fetch.ended == [0])  # and not 10, which is needed
+    eventually(lambda: sorted(fetch.begun) == [0, 10, 20])
+    ahead.forget(planned[1:])
+    eventually(lambda: sorted(fetch.ended) == [0, 10, 20])
+    assert ahead._held == 0
+
+
+def test_without_any_thread_submitting_is_an_error_that_names_the_limit(
+    make: Callable[..., Watched], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ahead = make(Fetcher())
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, "start", refused_thread)
+        message = r"nothing can be fetched .*\(can't start new thread\); let the process have more threads \(ulimit -u"
+        with pytest.raises(ShardUnreadableError, match=message):
+            ahead.submit([whole(0, 10)])
+    again = whole(10, 10)
+    ahead.submit([again])
+    assert ahead.take(again, 10) == DATA[10:20]
+    assert (ahead._running, ahead._held) == (1, 0)
+
+
+def test_fewer_threads_than_wanted_do_all_the_work(
+    make: Callable[..., Watched], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ahead = make(Fetcher(), threads=4)
+    first, more = whole(0, 10), [whole(start, 10) for start in range(10, 100, 10)]
+    ahead.submit([first])
+    monkeypatch.setattr(threading.Thread, "start", refused_thread)
+    ahead.submit(more)
+    assert [ahead.take(each, each.start) for each in [first, *more]] == [DATA[n : n + 10] for n in range(0, 100, 10)]
+    assert ahead._running == 1
+
+
+def refused_thread(thread: threading.Thread) -> None:
+    raise RuntimeError("can't start new thread")
+
+
 # ---- the end ---------------------------------------------------------------------------------------------------------
 
 
@@ -405,10 +503,56 @@ def test_after_closing_what_is_still_taken_is_fetched_by_who_takes_it(make: Call
     assert ahead._held == 0
 
 
+def test_closing_wakes_who_waits_for_what_was_not_begun(make: Callable[..., Watched]) -> None:
+    begun, release = threading.Event(), threading.Event()
+
+    def fetch(wanted: Range) -> bytes:
+        begun.set()
+        if wanted.start == 0:  # a request that takes its time
+            release.wait(SECONDS)
+        return DATA[wanted.start : wanted.stop]
+
+    ahead = make(fetch)
+    planned = [whole(0, 10), whole(10, 10)]
+    ahead.submit(planned)
+    assert begun.wait(SECONDS)
+    waiting = Taking(ahead, planned[1])
+    waiting.start()
+    eventually(lambda: planned[1].overdue)
+    ahead.close()
+    waiting.join(SECONDS / 2)
+    assert waiting.data == DATA[10:20]
+    release.set()
+
+
+@pytest.mark.parametrize("waits", [True, False])
+def test_what_was_stopped_between_two_tries_is_fetched_by_who_needs_it(
+    make: Callable[..., Watched], waits: bool
+) -> None:
+    fetch = Retrying()
+    ahead = make(fetch)
+    one = whole(0, 10)
+    ahead.submit([one])
+    eventually(lambda: fetch.begun == [0])
+    taking = Taking(ahead, one)
+    if waits:
+        taking.start()
+        time.sleep(0.02)
+    fetch.works = True
+    ahead.close()
+    eventually(lambda: 0 in fetch.ended)
+    if not waits:
+        taking.start()
+    taking.join(SECONDS)
+    assert taking.data == DATA[:10]
+    assert fetch.begun == [0, 0]
+    assert ahead._held == 0
+
+
 def test_joining_gives_up_at_its_deadline(make: Callable[..., Watched]) -> None:
     begun, release = threading.Event(), threading.Event()
 
-    def fetch(wanted: Range, stopped: threading.Event) -> bytes:
+    def fetch(wanted: Range) -> bytes:
         begun.set()
         release.wait(SECONDS)
         return DATA[wanted.start : wanted.stop]
@@ -525,7 +669,7 @@ def test_any_plan_gives_the_right_bytes_within_its_memory(case: Case) -> None:
     """Two chunks are planned at a time, as a reader does; after `leave` spans the rest is forgotten."""
     bad = {offset for number, (offset, _) in enumerate(case.places) if number in case.fails}
 
-    def fetch(wanted: Range, stopped: threading.Event) -> memoryview:
+    def fetch(wanted: Range) -> memoryview:
         time.sleep(0.0002 * (wanted.start % 3))
         if bad & wanted.spans.keys():
             raise OSError("damaged")

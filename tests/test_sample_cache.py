@@ -569,6 +569,89 @@ def test_room_is_made_even_when_much_has_to_go(tmp_path: Path) -> None:
     require_whole(cache)
 
 
+def test_a_full_cache_goes_on_with_the_next_rounds(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """What a round shares with the last one is found, and what is new in it takes the place of what nobody wants."""
+    cache = SampleCache(tmp_path, 6 * MIB)
+    shards = [Shard(url=f"s3://bucket/{number}.tar", size=700) for number in range(4)]
+
+    def read(name: str, rows: range, shard: Shard) -> list[int]:
+        """As an epoch does: the rows that were found at its beginning; the others are put."""
+        cache.begin(name)
+        found = shard.present(cache, rows)
+        missing = sorted({*rows} - {*found})
+        for first in range(0, len(missing), 100):
+            shard.put(cache, missing[first : first + 100])
+        return found
+
+    read("1", range(9000), shards[0])
+    kept = shards[0].found(cache, range(9000))
+    assert 4000 < len(kept) < 8000
+    assert read("2", range(1000, 10_000), shards[0]) == [row for row in kept if row >= 1000]
+    assert read("3", range(2000, 11_000), shards[0]) == [row for row in kept if row >= 2000]
+    new = {*shards[0].found(cache, range(11_000))} - {*kept}
+    assert len(new) > 500  # in the place of rows that round 1 alone has wanted
+    for number, shard in enumerate(shards[1:]):
+        read(f"{number}, other shards", range(9000), shard)
+    assert len(shards[3].present(cache, range(9000))) > 500
+    assert caplog.records == []
+    assert file_bytes(cache) <= 6 * MIB
+    require_whole(cache)
+
+
+def test_a_cache_without_a_free_page_finds_one_and_says_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The pages that samples leave to other tables are used up; new names of shards need more."""
+    cache = SampleCache(tmp_path, MIB)
+    for number in range(3):
+        cache.begin(str(number))
+        Shard(size=13_000).put(cache, range(10 * number, 10 * number + 10))
+    cache.close()
+    pages = file_bytes(cache) // 4096
+    monkeypatch.setattr(cache._writing, "_most_pages", pages)
+    unnamed = 0
+    for number in range(40):
+        unnamed += cache.ids(f"{number} {'x' * 500}", FINGERPRINT, [512])[0] < 0
+        assert Shard(size=13_000).found(cache, range(10, 30)) == list(range(10, 30))
+    assert 1 <= unnamed <= 3
+    assert Shard(size=13_000).found(cache, range(10)) == []
+    assert caplog.records == []
+    assert file_bytes(cache) // 4096 == pages
+    require_whole(cache)
+
+
+def test_a_lowered_limit_holds_for_a_file_that_is_there(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    before = SampleCache(tmp_path, 4 * MIB)
+    Shard(size=13_000).put(before, range(200))
+    before.close()
+    assert file_bytes(before) > 2 * MIB
+    after = SampleCache(tmp_path, MIB)
+    assert Shard(size=13_000).found(after, range(200)) == []
+    Shard(size=13_000).put(after, range(20))
+    assert Shard(size=13_000).found(after, range(200)) == list(range(20))
+    assert file_bytes(after) <= MIB
+    assert [record.getMessage() for record in caplog.records] == [
+        f"{tmp_path}/samples.sqlite: larger than limit_bytes is now; removing its samples"
+    ]
+    require_whole(after)
+    again = SampleCache(tmp_path, MIB)
+    assert Shard(size=13_000).found(again, range(200)) == list(range(20))
+    again.close()
+
+
+def test_selections_that_alternate_keep_each_others_samples(tmp_path: Path) -> None:
+    cache = SampleCache(tmp_path, 2 * MIB)
+    training, validation = Shard(size=13_000), Shard(url="validation", size=13_000)
+    for epoch in range(3):
+        cache.begin("training")
+        training.put(cache, range(60, 120) if epoch else range(60))
+        cache.begin("validation")
+        validation.put(cache, range(60))
+        assert training.found(cache, range(60)) == list(range(60))
+    assert validation.found(cache, range(60)) == list(range(60))
+    cache.close()
+
+
 def test_processes_that_name_the_same_selection_share_a_generation(cache: SampleCache) -> None:
     other = SampleCache(cache.folder, 64 * MIB)
     generations = []
@@ -576,7 +659,7 @@ def test_processes_that_name_the_same_selection_share_a_generation(cache: Sample
         for each in (cache, other):
             each.begin(name)
             generations.append(each._generation)
-    assert generations == [1, 1, 2, 2, 2, 2, 3, 3, 4, 4]
+    assert generations == [1, 1, 2, 2, 2, 2, 1, 1, 3, 3]
     other.close()
 
 

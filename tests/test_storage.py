@@ -475,7 +475,7 @@ def test_a_moved_copy_is_compared_by_size_and_header(tmp_path: Path, folder: str
     assert storage.same_bytes(recorded, found, moved=True)
     Path(copy).write_bytes(data + b"x")
     assert not storage.same_bytes(recorded, storage.fingerprint(storage.open_reader(copy)), moved=True)
-    Path(copy).write_bytes(b"x" + data[1:])
+    Path(copy).write_bytes(bytes([data[0] ^ 1]) + data[1:])
     assert not storage.same_bytes(recorded, storage.fingerprint(storage.open_reader(copy)), moved=True)
 
 

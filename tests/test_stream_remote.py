@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -17,12 +18,12 @@ import pytest
 import stream_stores
 from object_server import ObjectServer, Request
 from test_stream import expected_order, identity
-from test_transport import PlainServer
+from test_transport import FakeAzure, PlainServer, azure  # noqa: F401 (a fixture)
 from torch.utils.data import DataLoader
 from torch.utils.data._utils import worker as torch_worker
 from torchdata.stateful_dataloader import StatefulDataLoader
 
-from dynams_stream import members, read_ahead, remote_shards, retries, transport
+from dynams_stream import members, read_ahead, remote_shards, retries, storage, transport
 from dynams_stream.errors import SampleError, ShardChangedError, ShardMissingError, ShardUnreadableError
 from dynams_stream.read_ahead import ReadAhead
 from dynams_stream.remote_options import RemoteOptions
@@ -516,6 +517,21 @@ def store_url(store: Store, url: str | None) -> str:
     return url
 
 
+def test_leaving_early_ends_the_tries_of_a_store_that_is_away(
+    stores: dict[str, Store], server: ObjectServer, impatient: None
+) -> None:
+    server.faults = lambda request: "500" if request.number else None
+    remote = RemoteOptions(gap=0, in_flight=1, deadline=20)
+    running = iter(SelectedDataset(stores["s3"], remote=remote).map(identity))
+    next(running)
+    running.close()  # type: ignore[attr-defined]
+    (ahead,) = (each for each in read_ahead._LIVE if each._running)
+    eventually(lambda: ahead._idle == ahead._running)
+    asked = len(server.requests)
+    time.sleep(0.2)
+    assert len(server.requests) == asked
+
+
 @pytest.mark.parametrize("fault", ["403", "404"])
 def test_samples_of_a_shard_that_cannot_be_had_are_replaced(
     stores: dict[str, Store], rows: list[list[int]], server: ObjectServer, impatient: None, fault: str
@@ -546,7 +562,7 @@ def cache(tmp_path: Path) -> Iterator[SampleCache]:
     cache.close()
 
 
-@pytest.mark.parametrize("scheme", SCHEMES)
+@pytest.mark.parametrize("scheme", ["s3", "http"])
 def test_a_second_epoch_asks_for_nothing(
     stores: dict[str, Store], rows: list[list[int]], server: ObjectServer, cache: SampleCache, scheme: str
 ) -> None:
@@ -601,6 +617,26 @@ def test_a_shard_that_was_indexed_again_is_fetched_again(
         assert all(sample[name] == data for name, data in theirs[shard][row].items() if not name.startswith("__"))
     assert [sample["cls"] for sample in after] == [sample["cls"] for sample in before]
     assert after != before
+
+
+def test_samples_of_a_shard_without_a_version_are_not_kept(
+    own: Callable[[str], Store], server: ObjectServer, cache: SampleCache, tmp_path: Path
+) -> None:
+    """It may be written anew, and indexed again, without another fingerprint."""
+    server.etags = False
+    store = own("http")
+    before = list(SelectedDataset(store, shuffle=False, remote=QUICK, cache=cache))
+    old = store.dataset()
+    row, shard = int(old.counts[2]) - 1, server.folder / tmp_path.name / "data-002.tar"
+    data = bytearray(shard.read_bytes())
+    place = data.rindex(before[-1 - COUNTS[4] - COUNTS[3]]["cls"])
+    data[place : place + 4] = b"7777"
+    shard.write_bytes(data)
+    build_index(store, old.urls)
+    assert store.dataset().fingerprints == old.fingerprints
+    dataset = SelectedDataset(store, shuffle=False, remote=QUICK, cache=cache)
+    assert {identity(sample): sample for sample in dataset}[2, row]["cls"] == b"7777"
+    assert dataset.stats().bytes_cached == 0
 
 
 def test_a_cache_that_is_too_small_costs_requests_and_nothing_else(
@@ -838,6 +874,23 @@ def test_each_span_is_fetched_by_some_worker_whenever_each_of_them_plans(
     assert in_vain == 0
 
 
+@pytest.mark.parametrize("why", ["full", "no version"])
+def test_a_worker_fetches_nothing_for_others_that_would_not_be_kept(
+    stores: dict[str, Store], server: ObjectServer, cache: SampleCache, why: str
+) -> None:
+    wanted = span_table(np.random.default_rng(1), workers=3)
+    if why == "full":
+        cache._full_until = time.monotonic() + 60
+    store = stores["memory" if why == "no version" else "s3"]
+    shards = RemoteShards(store, store.dataset(), RemoteOptions(gap=512, longest=3000), cache, lambda **_: None)
+    plan = shards.plan(wanted, 1)
+    own = wanted.offsets[wanted.workers == 1].tolist()
+    assert plan.shared == {}
+    assert sorted(offset for each in plan.fetched for offset in each.spans) == sorted(own)
+    assert [each.others for each in plan.fetched] == [{}] * len(plan.fetched)
+    shards.close()
+
+
 # ---- moved copies ----------------------------------------------------------------------------------------------------
 
 
@@ -965,6 +1018,65 @@ def test_a_replaced_shard_is_noticed_by_its_weak_tag(
     assert len(list(SelectedDataset(store, remote=QUICK))) == sum(COUNTS)
     url = store.dataset().urls[2]
     os.utime(server.folder / url.split("/")[-2] / url.split("/")[-1], ns=(1, 1))
+    with pytest.raises(ShardChangedError, match="not the shard that was indexed"):
+        list(SelectedDataset(store, remote=QUICK))
+
+
+@pytest.mark.parametrize("fault", ["503", "hang"])
+@pytest.mark.parametrize("scheme", ["s3", "http"])
+def test_a_check_that_keeps_failing_is_an_error_in_time(
+    stores: dict[str, Store], server: ObjectServer, impatient: None, scheme: str, fault: str
+) -> None:
+    """One thread tries, for all that need the shard; it asks as often as the deadline lets it, and no client more."""
+    server.faults = lambda request: fault
+    root = "s3://bucket" if scheme == "s3" else f"{server.endpoint}/bucket"
+    moved = Store(stores["local"].url, shards_at=f"{root}/shards")
+    shards = RemoteShards(moved, moved.dataset(), RemoteOptions(timeout=0.3, deadline=0.6), None, lambda **_: None)
+    errors: list[BaseException] = []
+
+    def read(row: int) -> None:
+        try:
+            shards.pread(2, 512 * row, 512)
+        except ShardUnreadableError as error:
+            errors.append(error)
+
+    began = time.monotonic()
+    threads = [threading.Thread(target=read, args=(row,)) for row in range(6)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert time.monotonic() - began < 0.6 + 0.3 + 1
+    assert len(errors) == 6
+    assert "its description could not be had in 0.6 s" in str(errors[0])
+
+
+@pytest.mark.parametrize("way", ["forked", "a key with empty parts", "asked by obstore"])
+def test_on_azure_a_replaced_shard_is_noticed(
+    stores: dict[str, Store],
+    azure: FakeAzure,  # noqa: F811
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    way: str,
+) -> None:
+    folder = "shards//deep" if way == "a key with empty parts" else "shards"
+    if way == "forked":
+        monkeypatch.setattr(transport, "_used_by", -1)
+        monkeypatch.setattr(transport, "_warned", os.getpid())
+    for path in map(Path, stores["local"].dataset().urls):
+        azure.pipe_file(f"az://container/{folder}/{path.name}", path.read_bytes())
+    store = Store(tmp_path / "store")
+    build_index(store, [f"az://container/{folder}/{Path(url).name}" for url in stores["local"].dataset().urls])
+    shards = RemoteShards(store, store.dataset(), QUICK, None, lambda **_: None)
+    if way == "asked by obstore":  # which names the version in each request
+        tag = storage.etag_of(store.dataset().fingerprints[2])
+        assert shards._etag(2, store.dataset().urls[2], threading.Event()) == tag != ""
+        return
+    assert list(SelectedDataset(store, remote=QUICK).map(identity)) == expected_order(everything())
+    url = store.dataset().urls[2]
+    data = bytearray(azure.cat_file(url))
+    data[-2000] ^= 1
+    azure.pipe_file(url, bytes(data))
     with pytest.raises(ShardChangedError, match="not the shard that was indexed"):
         list(SelectedDataset(store, remote=QUICK))
 
