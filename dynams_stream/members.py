@@ -217,7 +217,7 @@ def _taken(
     taken: npt.NDArray[np.integer] = np.empty((cuts[-1], width), dtype=kind)
     for table, run, (start, stop) in zip(tables, runs, pairwise(cuts), strict=True):
         if table.dtype == kind:
-            np.take(table, run, axis=0, out=taken[start:stop], mode="clip")  # else it would make a copy first
+            table.take(run, axis=0, out=taken[start:stop], mode="clip")  # else it would make a copy first
         else:
             taken[start:stop] = table[run]
     return taken

@@ -238,7 +238,8 @@ class SampleReader:
 
     def _columns(self, found: Found, rows: Integers) -> tuple[list[Any], ...]:
         """The fields of `Place`, a list of each."""
-        shared = [Shared(piece.shard, self._head(piece.shard), piece.keys) for piece in found.pieces]
+        heads = {shard: self._head(shard) for shard in {piece.shard for piece in found.pieces}}
+        shared = [Shared(piece.shard, heads[piece.shard], piece.keys) for piece in found.pieces]
         kinds = found.kinds
         return (
             list(map(shared.__getitem__, found.piece.tolist())),
