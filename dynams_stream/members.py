@@ -156,6 +156,8 @@ class MemberTables:
         for name in names:
             if name not in self._pieces:
                 missing.setdefault(int(self._dataset.part_of_shard[name >> 32]), []).append(name)
+        if not missing:
+            return [self._pieces[name] for name in names]
         wanted = set(names)
         for part, absent in missing.items():
             for name, piece in zip(absent, self._read(part, absent), strict=True):
@@ -163,6 +165,7 @@ class MemberTables:
                 self.held += piece.nbytes
         while self.held > self.budget and next(iter(self._pieces)) not in wanted:
             self.held -= self._pieces.popitem(last=False)[1].nbytes
+        pa.default_memory_pool().release_unused()  # a chunk that goes round many parts leaves it with 10 MB
         return [self._pieces[name] for name in names]
 
     def _read(self, part: int, names: list[int]) -> list[Piece]:
