@@ -77,7 +77,7 @@ def draw_rates(rows: Sequence[dict[str, Any]], path: Path, title: str) -> Path:
         [drawn[name] for name in order],
         [NAMES.get(name, name) for name in order],
         loc="outside lower center",
-        ncols=min(len(order), 2 + len(sizes)),
+        ncols=min(len(order), 1 + len(sizes)),
         frameon=False,
         fontsize=9,
     )

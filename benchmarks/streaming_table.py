@@ -34,7 +34,12 @@ def rows(lines: Sequence[Line]) -> list[Line]:
             cells.setdefault(_cell(line), {}).setdefault(line["contender"], []).append(line)
         elif line["kind"] == "check":
             checks.setdefault(_cell(line), {})[line["contender"]] = line
-    return [_row(cell, runs, checks.get(cell, {})) for cell, runs in cells.items()]
+    return [_row(cell, cells[cell], checks.get(cell, {})) for cell in sorted(cells, key=_place_in_table)]
+
+
+def _place_in_table(cell: tuple[Any, ...]) -> tuple[Any, ...]:
+    kilobytes, samples, place, way, workers, fraction = cell
+    return place, workers, kilobytes, samples, way == "decode", -float(fraction)
 
 
 def _cell(line: Line) -> tuple[Any, ...]:
