@@ -37,6 +37,7 @@ bench: install
 	$(BIN)/python benchmarks/set_up.py
 	$(BIN)/python benchmarks/engines.py
 	$(BIN)/python benchmarks/order.py
+	$(BIN)/python benchmarks/indexing.py
 
 # Everything: some hours, 20 GB of disk.
 bench-full: bench-peers
@@ -47,6 +48,7 @@ bench-full: bench-peers
 	$(BIN)/python benchmarks/engines.py
 	$(BIN)/python benchmarks/cold.py
 	$(BIN)/python benchmarks/order.py --train runs/bench/order
+	$(BIN)/python benchmarks/indexing.py
 
 # The peers need packages that this project must not: an environment of their own, which shares ours for the rest.
 bench-peers: install
