@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -51,3 +52,4 @@ def client(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Client]:
     os.environ["DYNAMS_TEST_MARKER"] = str(tmp_path_factory.mktemp("marker") / "mended")
     with dask_client(workers=2) as connected:
         yield connected
+        gc.collect()  # who collects a DataLoader waits for its workers: the client's thread would not hear `close` then
