@@ -38,6 +38,7 @@ bench: install
 	$(BIN)/python benchmarks/engines.py
 	$(BIN)/python benchmarks/order.py
 	$(BIN)/python benchmarks/indexing.py
+	$(BIN)/python benchmarks/decoding.py
 
 # Everything: some hours, 20 GB of disk.
 bench-full: bench-peers
@@ -49,6 +50,7 @@ bench-full: bench-peers
 	$(BIN)/python benchmarks/cold.py
 	$(BIN)/python benchmarks/order.py --train runs/bench/order
 	$(BIN)/python benchmarks/indexing.py
+	$(BIN)/python benchmarks/decoding.py
 
 # The peers need packages that this project must not: an environment of their own, which shares ours for the rest.
 bench-peers: install

@@ -62,9 +62,13 @@ def draw_rates(rows: Sequence[dict[str, Any]], path: Path, title: str) -> Path:
     drawn: dict[str, Any] = {}
     for line, way in zip(panels, ways, strict=True):
         for panel, size in zip(line, sizes, strict=True):
-            drawn |= _draw_panel(panel, [row for row in rows if (row["way"], row["kilobytes"]) == (way, size)])
+            shown = [row for row in rows if (row["way"], row["kilobytes"]) == (way, size)]
+            if not shown:
+                panel.set_axis_off()
+                continue
+            drawn |= _draw_panel(panel, shown)
             panel.set_title(f"{size} KB, {'JPEG decode' if way == 'decode' else 'raw bytes'}", fontsize=10)
-        line[0].set_ylabel("samples a second")
+        next(panel for panel in line if panel.axison).set_ylabel("samples a second")
     fractions = sorted({float(row["fraction"]) for row in rows})
     for panel in panels[-1]:
         panel.set_xlabel("γ, selected part of all samples")
