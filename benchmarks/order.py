@@ -57,18 +57,25 @@ def drift(labels: Integers, block: int = 10_000) -> float:
     )
 
 
-def requests(shards: Integers, rows: Integers, read_ahead: int) -> tuple[float, float]:
-    """Requests a sample, and bytes read for each byte used, over four chunks in the middle of the epoch."""
-    length = read_ahead // 2 // SAMPLE_BYTES
-    begin = len(shards) // 4
+def requests(shards: Integers, rows: Integers, pool: int, read_ahead: int) -> tuple[float, float]:
+    """Requests a sample, and bytes read for each byte used, over four chunks in the middle of the epoch.
+
+    As in the loader, a chunk is half of what is read ahead, and ends with a pool where it holds one.
+    """
+    length, used = read_ahead // 2 // SAMPLE_BYTES, SAMPLE_BYTES - 1024
+    first = start = len(shards) // 4 // pool * pool
     asked = read = 0
-    for start in range(begin, begin + 4 * length, length):
-        chunk = slice(start, start + length)
-        used = np.full(length, SAMPLE_BYTES - 1024)
-        planned = ranges.plan(shards[chunk], rows[chunk] * SAMPLE_BYTES, used, gap=GAP, longest=8 << 20)
+    for _ in range(4):
+        stop = start + length
+        if stop // pool * pool > start:
+            stop = stop // pool * pool
+        chunk = slice(start, stop)
+        sizes = np.full(stop - start, used)
+        planned = ranges.plan(shards[chunk], rows[chunk] * SAMPLE_BYTES, sizes, gap=GAP, longest=8 << 20)
         asked += len(planned)
         read += int((planned.stops - planned.starts).sum())
-    return asked / (4 * length), read / (4 * length * (SAMPLE_BYTES - 1024))
+        start = stop
+    return asked / (start - first), read / ((start - first) * used)
 
 
 def look_at(lanes: int, window: int) -> dict[str, Any]:
@@ -80,11 +87,12 @@ def look_at(lanes: int, window: int) -> dict[str, Any]:
     order = EpochOrder(counts, seed=1, epoch=0, lanes=lanes, window=window)
     shards, places = order.locate(np.arange(order.total))
     rows = np.concatenate(selected)[starts[shards] + places]
-    small, large = requests(shards, rows, 64 << 20), requests(shards, rows, 256 << 20)
+    pool = lanes * order.window
+    small, large = (requests(shards, rows, pool, ahead << 20) for ahead in (64, 256))
     return {
         "lanes": lanes,
         "window": order.window,
-        "pool": lanes * order.window,
+        "pool": pool,
         "sorted shards": round(unevenness(shards * CLASSES // SHARDS), 2),
         "sorted rows": round(unevenness(rows * CLASSES // ROWS), 2),
         "drift": round(drift(shards * CLASSES // SHARDS), 3),
