@@ -1,7 +1,7 @@
 """One range request to an object store, and what became of it.
 
 obstore (object_store, in Rust) does the transport: with 20 ms added to each request, 64 threads get 2,800 ranges of
-13 KB a second through it at 190 µs of CPU each, through s3fs 860 at 1,160 µs (`benchmarks/engines.py`). Its runtime
+13 KB a second through it at 200 µs of CPU each, through s3fs 780 at 1,280 µs (`benchmarks/engines.py`). Its runtime
 does not survive a fork, so that a process which was forked after its parent had used it reads through fsspec instead,
 as do protocols that obstore does not know, and addresses that it cannot ask for.
 
