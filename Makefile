@@ -6,7 +6,7 @@ INSTALLED := $(VENV)/.installed
 
 PEERS := .venv-peers
 
-.PHONY: install demo test lint format bench bench-full bench-peers clean
+.PHONY: install demo test test-slow lint format bench bench-full bench-peers clean
 
 install: $(INSTALLED)
 
@@ -20,7 +20,10 @@ demo: install
 	$(BIN)/dynams train --config examples/digits.toml
 
 test: install
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -m "not slow"
+
+test-slow: install
+	$(BIN)/python -m pytest -m slow
 
 lint: install
 	$(BIN)/ruff check .

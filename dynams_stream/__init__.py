@@ -10,7 +10,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from dynams_stream.proxy import ParameterSharingProxy
+    from dynams_stream.proxy import ParameterSharingProxy, joint_loss
     from dynams_stream.remote_options import RemoteOptions
     from dynams_stream.sample_cache import SampleCache
     from dynams_stream.samples import SelectedSamples
@@ -32,6 +32,7 @@ _MODULES = {
     "SelectedSamples": "samples",
     "Selection": "selection",
     "Store": "store",
+    "joint_loss": "proxy",
 }
 
 __all__ = [
@@ -46,6 +47,7 @@ __all__ = [
     "SelectedSamples",
     "Selection",
     "Store",
+    "joint_loss",
 ]
 
 

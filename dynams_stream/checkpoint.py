@@ -9,6 +9,7 @@ import hashlib
 import io
 import json
 import math
+from collections import OrderedDict
 from collections.abc import Mapping
 from typing import Any
 
@@ -65,7 +66,10 @@ def load_weights(network: nn.Module, url: str, *, width: float, head: str | None
                 f"{url}: {name} has shape {tuple(fitting[name].shape)}, the network of width {width} needs "
                 f"{tuple(tensor.shape)}; compare --width and --model-args with the run that wrote it"
             )
-    network.load_state_dict(fitting)
+    state = OrderedDict(fitting)
+    # Layers' format versions are no tensors, so that files lack them; these weights fit the network as it is now.
+    state._metadata = expected._metadata  # type: ignore[attr-defined]
+    network.load_state_dict(state)
 
 
 def read_checkpoint(url: str) -> tuple[dict[str, Tensor], Mapping[str, str]]:

@@ -19,6 +19,7 @@
     ├── ModelError                 a model cannot be built, slimmed or scored with
     │   ├── HeadError                the last linear layer was not found, or does not fit
     │   ├── UnsupportedLayerError    a layer the proxy cannot slim; names it
+    │   ├── ShardedModelError        its parameters are spread over ranks (FSDP)
     │   └── CheckpointError          the checkpoint does not fit the model or the scorer
     ├── ScoringError               a scoring job failed; names parts and samples
     ├── SelectionError             a strategy or fraction cannot be cut
@@ -124,6 +125,10 @@ class HeadError(ModelError):
 
 class UnsupportedLayerError(ModelError):
     """The parameter sharing proxy cannot slim this layer."""
+
+
+class ShardedModelError(ModelError):
+    """The model's parameters are spread over ranks, as FSDP does; the proxy needs them whole."""
 
 
 class CheckpointError(ModelError):

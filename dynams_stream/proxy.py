@@ -6,8 +6,8 @@
                           │             │
                           └─────────────┘
 
-Each hidden width is multiplied by p (0.5: about p² of the cost). Convolutions and linear layers of the proxy read the
-model's tensors at each step, so that training one trains the other; normalisation layers and the head are its own.
+Each hidden width is multiplied by p (0.5: about p² of the cost). All layers of the proxy read the model's tensors at
+each step, so that training one trains the other, but normalisation layers and the head, which are its own.
 """
 
 from __future__ import annotations
@@ -15,18 +15,21 @@ from __future__ import annotations
 import copy
 import math
 import os
-from typing import TYPE_CHECKING, Any, cast
+from collections.abc import Callable
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from dynams_stream.checkpoint import save_weights
 from dynams_stream.errors import UnsupportedLayerError, UsageError
-from dynams_stream.slimming import LayerPlan, plan_slimming
+from dynams_stream.sharing import copied_part, require_whole, share, unshared_copy
+from dynams_stream.slim_layers import LayerPlan
+from dynams_stream.slimming import plan_slimming
 from dynams_stream.storage import absolute
-from dynams_stream.tracing import copy_module, find_head, plain_kind
+from dynams_stream.tracing import copy_module, find_head
 
-__all__ = ["ParameterSharingProxy", "find_head", "slim_architecture"]
+__all__ = ["ParameterSharingProxy", "find_head", "joint_loss", "slim_architecture"]
 
 FILE_FORMAT = "dynams-slim"
 """The `format` entry of the metadata of a file that `ParameterSharingProxy.save` wrote."""
@@ -35,35 +38,59 @@ FILE_FORMAT = "dynams-slim"
 class ParameterSharingProxy(nn.Module):
     """A model and its proxy, trained together: calling it returns `(logits, proxy_logits)`.
 
+    With `every=n` the proxy takes part in the first of n training steps, and `proxy_logits` is None in the others;
+    `joint_loss` deals with both.
+
     Its parameters are the model's and the proxy's own normalisation layers and head, each once; so are the tensors of
     its state dict, under `model.` and `proxy.`. Wrap it, not the model, in DistributedDataParallel. Copies, pickles
     and moved networks keep sharing within themselves.
 
     Args:
-        model: any module of convolutions, linear layers, batch or instance normalisation, activations, dropout,
-            pooling, flattening and residual additions whose forward torch.fx can trace. It is held, not copied.
-        width: p, in (0, 1]. A layer of c channels becomes one of max(1, ⌊p·c + ½⌋).
+        model: a classifier whose forward torch.fx can trace, of the layers that `docs/method.md` lists: those of
+            torchvision's families of convolutional networks and of its ViT and Swin. It is held, not copied.
+        width: p, in (0, 1]. A layer of c channels becomes one of max(1, ⌊p·c + ½⌋); where channels belong together
+            in groups of g (grouped convolutions, heads of attention), of g · max(1, ⌊p·c/g + ½⌋).
         head: name of the last linear layer, found by itself where its output is the model's.
+        every: n, the proxy takes part in each n-th training step only, beginning with the first. Steps are counted by
+            calls in training mode, from when the network was made. Under DistributedDataParallel, n > 1 needs
+            `find_unused_parameters=True`.
 
     Raises:
-        UsageError: the width is not in (0, 1].
+        UsageError: the width is not in (0, 1], or `every` is not a positive number.
+        ShardedModelError: the model's parameters are spread over ranks (FSDP).
         HeadError: the head was not found, or the output is not made by it.
         UnsupportedLayerError: a layer cannot be slimmed; named with the reason.
     """
 
-    def __init__(self, model: nn.Module, width: float = 0.5, *, head: str | None = None) -> None:
+    def __init__(self, model: nn.Module, width: float = 0.5, *, head: str | None = None, every: int = 1) -> None:
         super().__init__()
         self.width = _require_width(width)
+        if isinstance(every, bool) or not isinstance(every, int) or every < 1:
+            raise UsageError(f"every is {every!r}; a whole number of 1 or more is needed")
+        self.every = every
+        self._steps = 0
+        require_whole(model)
         self.head, plans = plan_slimming(model, self.width, head)
         self.model = model
         self.proxy = slim_copy(model, plans)
         for name, plan in plans.items():
             if plan.shared:
-                _share(self.proxy.get_submodule(name), model.get_submodule(name), plan)
+                share(self.proxy.get_submodule(name), model.get_submodule(name), name, plan)
 
-    def forward(self, *inputs: Any) -> tuple[Tensor, Tensor]:
-        """Logits of the model and of the proxy, both of shape (B, C)."""
-        return self.model(*inputs), self.proxy(*inputs)
+    def forward(self, *inputs: Any) -> tuple[Tensor, Tensor | None]:
+        """Logits of the model and of the proxy, both of shape (B, C); None for those of a proxy whose turn it is not.
+
+        Raises:
+            ShardedModelError: the model's parameters are spread over ranks (FSDP).
+        """
+        takes_part = self.every == 1 or not self.training or self._is_proxys_turn()
+        return self.model(*inputs), self.proxy(*inputs) if takes_part else None
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def _is_proxys_turn(self) -> bool:
+        # Outside of compiled code, which would be compiled anew for each count.
+        self._steps += 1
+        return (self._steps - 1) % self.every == 0
 
     def proxy_logits(self, *inputs: Any) -> Tensor:
         """Logits of the proxy alone, shape (B, C)."""
@@ -71,11 +98,7 @@ class ParameterSharingProxy(nn.Module):
 
     def slim(self) -> nn.Module:
         """The proxy as a plain module of its own, with the model's layer names and contiguous copies of all tensors."""
-        plain: dict[int, Any] = {}
-        for layer in self.proxy.modules():
-            if isinstance(layer, _SharedLayer):
-                plain[id(layer)] = _unshared(layer)
-        return copy.deepcopy(self.proxy, plain)
+        return unshared_copy(self.proxy)
 
     def save(self, path: str | os.PathLike[str], *, epoch: int | None = None) -> None:
         """Write the slim network alone as `.safetensors`, whole or not at all.
@@ -99,7 +122,27 @@ class ParameterSharingProxy(nn.Module):
         save_weights(self.slim(), absolute(path), metadata)
 
     def extra_repr(self) -> str:
-        return f"width={self.width}, head={self.head!r}"
+        return f"width={self.width}, head={self.head!r}, every={self.every}"
+
+
+def joint_loss(
+    criterion: Callable[[Tensor, Tensor], Tensor],
+    outputs: tuple[Tensor, Tensor | None],
+    labels: Tensor,
+    *,
+    proxy_weight: float = 1.0,
+) -> Tensor:
+    """criterion(logits, labels) + λ · criterion(proxy_logits, labels); the first alone where the proxy took no part.
+
+    Args:
+        criterion: such as `nn.functional.cross_entropy`.
+        outputs: what the `ParameterSharingProxy` returned.
+        labels: whatever the criterion compares logits with.
+        proxy_weight: λ.
+    """
+    logits, proxy_logits = outputs
+    loss = criterion(logits, labels)
+    return loss if proxy_logits is None else loss + proxy_weight * criterion(proxy_logits, labels)
 
 
 def slim_architecture(model: nn.Module, width: float, head: str | None = None) -> nn.Module:
@@ -125,11 +168,6 @@ def _require_width(width: float) -> float:
 # ---- the slim copy ---------------------------------------------------------------------------------------------------
 
 
-def leading_part(tensor: Tensor, leading: tuple[int, ...]) -> Tensor:
-    """The view tensor[:leading[0], :leading[1], …]."""
-    return tensor[tuple(slice(size) for size in leading)]
-
-
 def slim_copy(model: nn.Module, plans: dict[str, LayerPlan]) -> nn.Module:
     """A copy of `model`'s module tree whose layers hold contiguous copies of the leading parts of its tensors.
 
@@ -139,11 +177,11 @@ def slim_copy(model: nn.Module, plans: dict[str, LayerPlan]) -> nn.Module:
     replaced: dict[int, Any] = {}  # as deepcopy's memo: the slim tensor for each tensor of the model
     for name, plan in plans.items():
         layer = model.get_submodule(name)
-        for key, leading in plan.leading.items():
+        for key, kept in plan.kept.items():
             tensor = getattr(layer, key, None)
             if tensor is None:
                 continue
-            part = _copied(leading_part(tensor, leading), like=tensor)
+            part = copied_part(tensor, kept)
             if replaced.setdefault(id(tensor), part).shape != part.shape:
                 raise UnsupportedLayerError(f"{name}: it shares its {key} with a layer of another slim size")
     slim = copy_module(model, replaced)
@@ -152,85 +190,3 @@ def slim_copy(model: nn.Module, plans: dict[str, LayerPlan]) -> nn.Module:
         for attribute, size in plan.sizes.items():
             setattr(layer, attribute, size)
     return slim
-
-
-def _copied(part: Tensor, like: Tensor) -> Tensor:
-    data = part.detach().clone(memory_format=torch.contiguous_format)
-    return nn.Parameter(data, requires_grad=like.requires_grad) if isinstance(like, nn.Parameter) else data
-
-
-# ---- shared layers ---------------------------------------------------------------------------------------------------
-
-
-class _SharedLayer(nn.Module):
-    """A slim layer without tensors of its own: `weight` and `bias` are views of another layer's, taken at each use."""
-
-    # A tuple, because a module here would be registered as a child and list its parameters a second time.
-    source: tuple[nn.Module]
-    plan: LayerPlan
-    plain: type[nn.Module]
-
-    if not TYPE_CHECKING:
-
-        @property
-        def weight(self) -> Tensor:
-            return self._part("weight")
-
-        @property
-        def bias(self) -> Tensor | None:
-            return self._part("bias")
-
-    def _part(self, name: str) -> Tensor | None:
-        tensor: Tensor | None = getattr(self.source[0], name)
-        return None if tensor is None else leading_part(tensor, self.plan.leading[name])
-
-
-class SharedLinear(_SharedLayer, nn.Linear):
-    """A linear layer whose weight and bias are leading slices of another's."""
-
-
-class SharedConv1d(_SharedLayer, nn.Conv1d):
-    """A convolution whose weight and bias are leading slices of another's."""
-
-
-class SharedConv2d(_SharedLayer, nn.Conv2d):
-    """A convolution whose weight and bias are leading slices of another's."""
-
-
-class SharedConv3d(_SharedLayer, nn.Conv3d):
-    """A convolution whose weight and bias are leading slices of another's."""
-
-
-class SharedPReLU(_SharedLayer, nn.PReLU):
-    """A PReLU whose slopes are the leading ones of another's."""
-
-
-_SHARED_KINDS: dict[type[nn.Module], type[_SharedLayer]] = {
-    nn.Linear: SharedLinear,
-    nn.Conv1d: SharedConv1d,
-    nn.Conv2d: SharedConv2d,
-    nn.Conv3d: SharedConv3d,
-    nn.PReLU: SharedPReLU,
-}
-
-
-def _share(layer: nn.Module, source: nn.Module, plan: LayerPlan) -> None:
-    """Turn a plain slim layer into one that reads the tensors of `source`."""
-    plain = type(layer)
-    for name, _ in list(layer.named_parameters()):
-        delattr(layer, name)
-    layer.__class__ = _SHARED_KINDS[plain_kind(layer)]
-    shared = cast(_SharedLayer, layer)
-    shared.source, shared.plan, shared.plain = (source,), plan, plain
-
-
-def _unshared(shared: _SharedLayer) -> nn.Module:
-    """A plain layer with contiguous copies of the views of `shared`."""
-    source = shared.source[0]
-    layer = copy.deepcopy(shared, {id(source): None})
-    del layer.source, layer.plan, layer.plain
-    layer.__class__ = shared.plain  # type: ignore[assignment]
-    for name, tensor in source.named_parameters():
-        part = leading_part(tensor, shared.plan.leading[name]).detach().clone(memory_format=torch.contiguous_format)
-        setattr(layer, name, nn.Parameter(part, requires_grad=tensor.requires_grad))
-    return layer

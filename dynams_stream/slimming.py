@@ -3,81 +3,58 @@
     model ──trace──► operations ──follow the channels──► {layer name: LayerPlan}
 
 The trace runs on a copy of the module tree, so that the user's model is never touched. A value that depends on hidden
-layers is followed as `Channels`; the network's input and the head's output keep their size. Convolutions and linear
-layers set the channels, normalisation and activations keep them, flattening multiplies them, an addition wants them
-equal on both sides. What the rules cannot follow is refused by name: a slim network that is not the leading part of
-the model would train without complaint and score nonsense.
+layers is followed as `Channels`; the network's input and the head's output keep their size. `slim_layers` has the rules
+of layers, `channels` those of operations; here they are applied to each operation in turn. What no rule can follow is
+refused by name: a slim network that is not the leading part of the model would train without complaint and score
+nonsense.
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
-from enum import Enum, auto
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any, NoReturn, cast
 
 from torch import fx, nn
 from torch.nn.modules.batchnorm import _NormBase
+from torchvision.models.swin_transformer import ShiftedWindowAttentionV2
+from torchvision.models.vision_transformer import VisionTransformer
 
+from dynams_stream.channels import Blocks, Channels, ChannelsLostError, Other, Outputs, Value, Weight
 from dynams_stream.errors import HeadError, UnsupportedLayerError
+from dynams_stream.slim_layers import (
+    Kept,
+    LayerPlan,
+    Rule,
+    UnevenGroupsError,
+    Widths,
+    attention_projection,
+    slim_attention,
+    slim_channel_norm,
+    slim_convolution,
+    slim_group_norm,
+    slim_head,
+    slim_layer_norm,
+    slim_linear,
+    slim_prelu,
+)
 from dynams_stream.tracing import WIDTH_ONE, argument, head_of, operation_name, plain_kind, require_head, trace
-
-
-@dataclass(frozen=True)
-class LayerPlan:
-    """How one layer is slimmed.
-
-    Attributes:
-        sizes: attributes of the layer and their slim values, such as {"in_channels": 32, "out_channels": 64}.
-        leading: for each parameter and buffer, how much of its first dimensions the slim layer takes;
-            {"weight": (64, 32)} stands for weight[:64, :32].
-        shared: whether a proxy uses the model's own tensors (else it has its own, starting as a copy).
-    """
-
-    sizes: dict[str, int]
-    leading: dict[str, tuple[int, ...]]
-    shared: bool
-
-
-@dataclass(frozen=True)
-class Channels:
-    """A tensor whose dimension 1 holds `slim` of the model's `full` channels, the leading ones.
-
-    `spatial` dimensions follow it. Once flattened, dimension 1 holds each channel's values in turn.
-    """
-
-    full: int
-    slim: int
-    spatial: int
-    flattened: bool = False
-
-    def __str__(self) -> str:
-        return f"{self.full} channels ({self.slim} slim)"
-
-
-class Other(Enum):
-    """Values that hold no hidden channels."""
-
-    TENSOR = auto()  # of the same size in the model and the slim network: the input, the head's output, buffers
-    SHAPE = auto()  # x.shape
-    BATCH = auto()  # x.size(0)
-    NUMBER = auto()  # any other size
-
-
-Value = Channels | Other
 
 CONVOLUTIONS: dict[type[nn.Module], int] = {nn.Conv1d: 1, nn.Conv2d: 2, nn.Conv3d: 3}
 NORMS: tuple[type[nn.Module], ...] = (
     *(nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm),
     *(nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d),
 )
+SIZE_ATTRIBUTES: dict[type[nn.Module], str] = {VisionTransformer: "hidden_dim", ShiftedWindowAttentionV2: "num_heads"}
+"""Attributes that forward reshapes by, where a number of channels is written out: they become slim too."""
 
 
 def _in_each_dimension(*names: str) -> frozenset[str]:
     return frozenset(name.replace("#", dimension) for name in names for dimension in ("1d", "2d", "3d"))
 
 
-# Elementwise, or separately on each channel; all keep the channels and the number of spatial dimensions.
+# Elementwise, or separately on each channel of (batch, channels, …); all keep the channels and the dimensions.
 _MODULES_THAT_KEEP = frozenset(
     {"Identity", "ReLU", "ReLU6", "LeakyReLU", "RReLU", "ELU", "SELU", "CELU", "GELU", "SiLU", "Mish", "Hardswish"}
     | {"Hardsigmoid", "Hardtanh", "Sigmoid", "Tanh", "Softplus", "Softsign", "LogSigmoid", "Tanhshrink", "Softshrink"}
@@ -92,34 +69,19 @@ _FUNCTIONS_THAT_KEEP = frozenset(
     | {"threshold", "dropout", "alpha_dropout", "feature_alpha_dropout", "stochastic_depth", "contiguous", "clone"}
     | {"detach", "float", "half", "bfloat16", "double", "to", "neg", "abs", "exp", "square", "sqrt", "clamp", "clip"}
 ) | _in_each_dimension("dropout#", "max_pool#", "avg_pool#", "lp_pool#", "adaptive_avg_pool#", "adaptive_max_pool#")
+_WEIGHT_FUNCTIONS_THAT_KEEP = frozenset({"expand", "contiguous", "clone", "to", "float"})
 _ARITHMETIC = frozenset(
-    {
-        "add",
-        "sub",
-        "mul",
-        "div",
-        "truediv",
-        "subtract",
-        "multiply",
-        "divide",
-        "true_divide",
-        "maximum",
-        "minimum",
-        "pow",
-    }
+    {"add", "sub", "mul", "div", "truediv", "subtract", "multiply", "divide", "true_divide"}
+    | {"maximum", "minimum", "pow"}
 )
 _REDUCTIONS = frozenset({"mean", "sum", "amax", "amin"})
 _SIZE_FUNCTIONS = frozenset({"size", "shape", "dim", "ndim", "dtype", "device"})
 
-
 _REASONS = {
-    "cat": "concatenation interleaves channels, so that the slim ones are not the leading ones",
-    "concat": "concatenation interleaves channels, so that the slim ones are not the leading ones",
     "stack": "stacking adds a dimension whose channels cannot be followed",
-    "LayerNorm": "layer normalisation over slim channels is not supported",
-    "GroupNorm": "its groups would hold other channels in the slim network",
-    "MultiheadAttention": "attention is not supported",
-    "scaled_dot_product_attention": "attention is not supported",
+    "chunk": "it takes some channels and leaves others",
+    "split": "it takes some channels and leaves others",
+    "scaled_dot_product_attention": "attention that is not written as nn.MultiheadAttention is not supported",
     "Embedding": "embeddings are not supported",
     "EmbeddingBag": "embeddings are not supported",
     "LSTM": "recurrent layers are not supported",
@@ -128,11 +90,8 @@ _REASONS = {
 }
 
 
-# ---- following the channels ------------------------------------------------------------------------------------------
-
-
 def plan_slimming(model: nn.Module, width: float, head: str | None) -> tuple[str, dict[str, LayerPlan]]:
-    """The head's name, and a plan for every layer of `model` that owns parameters.
+    """The head's name, and a plan for every module of `model` that owns parameters.
 
     Raises:
         UnsupportedLayerError: a layer or function cannot be slimmed; named with the reason.
@@ -142,41 +101,51 @@ def plan_slimming(model: nn.Module, width: float, head: str | None) -> tuple[str
     if head is None:
         head = head_of(graph, model)
     require_head(model, head)
-    follower = _Follower(model, width, head)
-    for node in graph.nodes:
-        follower.follow(node)
-    follower.require_all_planned()
-    return head, follower.plans
+    widths = Widths(width)
+    while True:
+        follower = _Follower(model, widths, head)
+        try:
+            for node in graph.nodes:
+                follower.follow(node)
+        except UnevenGroupsError as uneven:  # each time a group's size that did not divide the width yet: it ends
+            known = widths.groups.get(uneven.channels, 1)
+            widths.groups[uneven.channels] = math.lcm(known, uneven.size)
+            continue
+        follower.require_all_planned()
+        return head, follower.plans
 
 
 @dataclass
 class _Follower:
     model: nn.Module
-    width: float
+    widths: Widths
     head: str
     plans: dict[str, LayerPlan] = field(default_factory=dict)
     values: dict[fx.Node, Value] = field(default_factory=dict)
 
     def follow(self, node: fx.Node) -> None:
         """Find the value of `node` from those of its inputs."""
-        if node.op == "placeholder":
-            self.values[node] = Other.TENSOR
-        elif node.op == "get_attr":
-            self.values[node] = self._attribute(node)
-        elif node.op == "call_module":
-            self.values[node] = self._module(node)
-        elif node.op == "output":
-            self._output(node)
-        else:
-            self.values[node] = self._function(node)
-
-    def slim(self, channels: int) -> int:
-        """The slim network's share of `channels`, at least one."""
-        return max(1, math.floor(self.width * channels + 0.5))
+        try:
+            if node.op == "placeholder":
+                self.values[node] = Other.TENSOR
+            elif node.op == "get_attr":
+                self.values[node] = self._attribute(str(node.target))
+            elif node.op == "call_module":
+                self.values[node] = self._module(node)
+            elif node.op == "output":
+                self._output(node)
+            else:
+                self.values[node] = self._function(node)
+        except ChannelsLostError as error:
+            self._refuse(node, str(error))
 
     def require_all_planned(self) -> None:
         """Refuse parameters that the trace did not meet: the proxy would not share them."""
-        planned = {id(p) for name in self.plans for p in self.model.get_submodule(name).parameters()}
+        planned = {
+            id(getattr(self.model.get_submodule(name), key, None))
+            for name, plan in self.plans.items()
+            for key in plan.kept
+        }
         for name, parameter in self.model.named_parameters():
             if id(parameter) not in planned:
                 raise UnsupportedLayerError(
@@ -186,230 +155,319 @@ class _Follower:
 
     # -- nodes
 
-    def _attribute(self, node: fx.Node) -> Value:
-        name = str(node.target)
-        if name in dict(self.model.named_parameters(remove_duplicate=False)):
-            raise UnsupportedLayerError(
-                f"{name}: forward uses this parameter directly instead of through a layer; {WIDTH_ONE}"
-            )
-        return Other.TENSOR
+    def _attribute(self, target: str) -> Value:
+        owner, _, name = target.rpartition(".")
+        tensor = getattr(self.model.get_submodule(owner), name)
+        return Weight(owner, name, tuple(tensor.shape)) if isinstance(tensor, nn.Parameter) else Other.TENSOR
 
     def _output(self, node: fx.Node) -> None:
         if self.head not in self.plans:
             raise HeadError(f"head={self.head!r} is never called by forward; name the last nn.Linear")
-        hidden = [str(other) for other in node.all_input_nodes if isinstance(self.values[other], Channels)]
+        hidden = [str(other) for other in node.all_input_nodes if self._holds_channels(self.values[other])]
         if hidden:
             raise HeadError(
                 f"the model returns {', '.join(hidden)}, which is not the output of the head {self.head!r}; "
                 f"name the last nn.Linear with head=…, and let forward return its logits alone"
             )
 
+    @staticmethod
+    def _holds_channels(value: Value) -> bool:
+        return isinstance(value, Channels | Weight | Outputs)
+
     def _module(self, node: fx.Node) -> Value:
         name = str(node.target)
         layer = self.model.get_submodule(name)
         if type(layer).__name__ in _REASONS:
             self._refuse(node)
+        rule = self._layer_rule(node, name, layer)
+        if rule is not None:
+            plans, value = rule
+            for below, plan in plans.items():
+                self._plan(f"{name}.{below}" if below else name, plan)
+            return value
         value = self._only_input(node)
-        if any(True for _ in layer.children()) or set(dict(layer.named_parameters())) - {"weight", "bias"}:
-            # parametrisations, weight_norm and spectral_norm included
-            self._refuse(node, "its parameters are not the plain weight and bias of a layer")
-        if name == self.head:
-            return self._head(node, layer, value)
-        kind = plain_kind(layer)
-        if kind in CONVOLUTIONS:
-            return self._convolution(node, layer, value)
-        if kind is nn.Linear:
-            return self._linear(node, cast(nn.Linear, layer), value)
-        if type(layer) in NORMS:
-            return self._norm(node, layer, value)
-        if type(layer) is nn.PReLU:
-            return self._prelu(node, layer, value)
-        if any(True for _ in layer.parameters()):
-            self._refuse(node)
         if not isinstance(value, Channels):
             return value
         if type(layer) is nn.Flatten:
-            return self._flatten(node, value, layer.start_dim, layer.end_dim)
+            return value.flatten(layer.start_dim, layer.end_dim)
         if type(layer).__name__ in _MODULES_THAT_KEEP and not getattr(layer, "return_indices", False):
-            return self._keep(node, value, type(layer).__name__)
+            return _keep(value, type(layer).__name__)
+        return self._refuse(node)
+
+    def _layer_rule(self, node: fx.Node, name: str, layer: nn.Module) -> Rule | None:
+        """Plans and output of a layer that owns parameters; None for one that owns none."""
+        if not any(True for _ in layer.parameters()):
+            return None
+        if type(layer) is nn.MultiheadAttention:
+            inputs = [self.values[other] for other in node.args[:3] if isinstance(other, fx.Node)]
+            return slim_attention(layer, inputs, self.widths) if len(inputs) == 3 else self._refuse(node)
+        value = self._only_input(node)
+        if any(True for _ in layer.children()) or set(dict(layer.named_parameters())) - {"weight", "bias"}:
+            # parametrisations, weight_norm and spectral_norm included
+            raise ChannelsLostError("its parameters are not the plain weight and bias of a layer")
+        if name == self.head:
+            if self.head in self.plans:
+                raise HeadError(f"head={self.head!r} is called more than once by forward; name the last nn.Linear")
+            return slim_head(cast(nn.Linear, layer), value)
+        kind = plain_kind(layer)
+        if kind in CONVOLUTIONS:
+            return slim_convolution(cast(nn.Conv2d, layer), CONVOLUTIONS[kind], value, self.widths)
+        if kind is nn.Linear:
+            return slim_linear(cast(nn.Linear, layer), value, self.widths)
+        if type(layer) in NORMS:
+            return slim_channel_norm(cast(_NormBase, layer), value)
+        if type(layer) is nn.LayerNorm:
+            return slim_layer_norm(layer.normalized_shape, value)
+        if type(layer) is nn.GroupNorm:
+            return slim_group_norm(layer, value, self.widths)
+        if type(layer) is nn.PReLU:
+            return slim_prelu(layer, value)
         return self._refuse(node)
 
     def _function(self, node: fx.Node) -> Value:
         name = operation_name(node)
         operands = [self.values[other] for other in node.all_input_nodes]
         if name in _SIZE_FUNCTIONS:
-            return self._size(node, name)
-        if name == "getitem" and operands[0] is Other.SHAPE:
-            return Other.BATCH if node.args[1] == 0 else Other.NUMBER
-        if not any(isinstance(operand, Channels) for operand in operands):
+            return _size(node, name)
+        if not any(self._holds_channels(operand) for operand in operands):
+            if name == "getitem" and operands[0] is Other.SHAPE:
+                return Other.BATCH if node.args[1] == 0 else Other.NUMBER
             return Other.TENSOR if Other.TENSOR in operands or not operands else Other.NUMBER
+        special = _SPECIAL.get(name)
+        if special is not None:
+            return special(self, node)
         if name in _ARITHMETIC:
-            return self._arithmetic(node, operands)
+            return self._arithmetic(operands)
         value = operands[0]
-        if not isinstance(value, Channels) or any(isinstance(operand, Channels) for operand in operands[1:]):
+        if isinstance(value, Outputs) and name == "getitem" and isinstance(node.args[1], int):
+            return value.values[node.args[1]]
+        if isinstance(value, Weight) and name in _WEIGHT_FUNCTIONS_THAT_KEEP:
+            return value
+        if not isinstance(value, Channels) or any(self._holds_channels(operand) for operand in operands[1:]):
             return self._refuse(node)
+        return self._operation(node, name, value)
+
+    def _operation(self, node: fx.Node, name: str, value: Channels) -> Value:
+        """A function of one tensor with hidden channels."""
         if name in _FUNCTIONS_THAT_KEEP:
-            return self._keep(node, value, name)
+            return _keep(value, name)
         if name == "flatten":
-            return self._flatten(node, value, argument(node, 1, "start_dim", 0), argument(node, 2, "end_dim", -1))
+            return value.flatten(argument(node, 1, "start_dim", 0), argument(node, 2, "end_dim", -1))
         if name in ("view", "reshape"):
             return self._view(node, value)
+        if name == "permute":
+            return value.permuted(_several(node, "dims"))
+        if name in ("transpose", "swapaxes"):
+            return value.swapped(argument(node, 1, "dim0", None), argument(node, 2, "dim1", None))
+        if name == "getitem":
+            return value.indexed(node.args[1])
         if name in _REDUCTIONS:
             kept = bool(argument(node, 2, "keepdim", False))
-            return self._drop(node, value, argument(node, 1, "dim", None), kept=kept)
+            return value.without(_dims(argument(node, 1, "dim", None)), kept=kept)
         if name == "squeeze":
-            return self._drop(node, value, argument(node, 1, "dim", None), kept=False)
+            return value.without(_dims(argument(node, 1, "dim", None)), kept=False)
         if name in ("pad", "interpolate"):
-            return self._spatial(node, value, name)
+            return _spatial(node, value, name)
         return self._refuse(node)
 
-    # -- layers with parameters
+    # -- operations without parameters of their own
 
-    def _head(self, node: fx.Node, layer: nn.Module, value: Value) -> Value:
-        assert isinstance(layer, nn.Linear)
-        if self.head in self.plans:
-            raise HeadError(f"head={self.head!r} is called more than once by forward; name the last nn.Linear")
-        wide = self._features(node, value, layer.in_features)
-        self._plan(node, {"in_features": wide}, {"weight": (layer.out_features, wide)}, shared=False)
-        return Other.TENSOR
-
-    def _linear(self, node: fx.Node, layer: nn.Linear, value: Value) -> Value:
-        wide, out = self._features(node, value, layer.in_features), self.slim(layer.out_features)
-        sizes = {"in_features": wide, "out_features": out}
-        self._plan(node, sizes, {"weight": (out, wide), "bias": (out,)}, shared=True)
-        return Channels(layer.out_features, out, spatial=0)
-
-    def _features(self, node: fx.Node, value: Value, features: int) -> int:
-        """How many input features a linear layer of `features` keeps."""
-        if not isinstance(value, Channels):
-            return features
-        if value.spatial:
-            self._refuse(node, "it works on a spatial dimension; flatten or pool the features first")
-        values_per_channel, rest = divmod(features, value.full)
-        if rest or (values_per_channel != 1 and not value.flattened):
-            self._refuse(node, f"it takes {features} features, but gets {value}")
-        return value.slim * values_per_channel
-
-    def _convolution(self, node: fx.Node, layer: nn.Module, value: Value) -> Value:
-        assert isinstance(layer, nn.Conv1d | nn.Conv2d | nn.Conv3d)
-        spatial = CONVOLUTIONS[plain_kind(layer)]
-        wide = layer.in_channels
-        if isinstance(value, Channels):
-            if value.spatial != spatial or value.full != wide:
-                self._refuse(node, f"it takes {wide} channels of {spatial} dimensions, but gets {value}")
-            wide = value.slim
-        if layer.groups == 1:
-            groups, out = 1, self.slim(layer.out_channels)
-        elif layer.groups == layer.in_channels:  # depthwise: each channel keeps its own filters
-            groups, out = wide, layer.out_channels // layer.in_channels * wide
-        else:
-            self._refuse(node, f"a grouped convolution (groups={layer.groups}) mixes other channels when slim")
-        sizes = {"in_channels": wide, "out_channels": out, "groups": groups}
-        self._plan(node, sizes, {"weight": (out, wide // groups), "bias": (out,)}, shared=True)
-        return Channels(layer.out_channels, out, spatial)
-
-    def _norm(self, node: fx.Node, layer: nn.Module, value: Value) -> Value:
-        assert isinstance(layer, _NormBase)
-        features = layer.num_features
-        if isinstance(value, Channels):
-            values_per_channel, rest = divmod(features, value.full)
-            if rest or (values_per_channel != 1 and not value.flattened):
-                self._refuse(node, f"it takes {features} features, but gets {value}")
-            features = value.slim * values_per_channel
-            value = Channels(layer.num_features, features, value.spatial) if value.flattened else value
-        leading = dict.fromkeys(("weight", "bias", "running_mean", "running_var"), (features,))
-        self._plan(node, {"num_features": features}, {**leading, "num_batches_tracked": ()}, shared=False)
-        return value
-
-    def _prelu(self, node: fx.Node, layer: nn.PReLU, value: Value) -> Value:
-        slopes = layer.num_parameters
-        if slopes > 1 and isinstance(value, Channels):
-            if slopes != value.full or value.flattened:
-                self._refuse(node, f"it has {slopes} slopes, but gets {value}")
-            slopes = value.slim
-        self._plan(node, {"num_parameters": slopes}, {"weight": (slopes,)}, shared=True)
-        return value
-
-    def _plan(self, node: fx.Node, sizes: dict[str, int], leading: dict[str, tuple[int, ...]], *, shared: bool) -> None:
-        plan = LayerPlan(sizes, leading, shared)
-        if self.plans.setdefault(str(node.target), plan) != plan:
-            self._refuse(
-                node, f"it is used twice with different slim sizes: {self.plans[str(node.target)].sizes}, {sizes}"
-            )
-
-    # -- operations without parameters
-
-    def _keep(self, node: fx.Node, value: Channels, name: str) -> Value:
-        dimensions = name[-2:-1]  # of max_pool2d and ZeroPad2d
-        if name.endswith("d") and dimensions.isdigit() and "ropout" not in name and value.spatial != int(dimensions):
-            self._refuse(node, f"it works on {dimensions} spatial dimensions, but gets {value.spatial}")
-        return value
-
-    def _flatten(self, node: fx.Node, value: Channels, start: Any, end: Any) -> Value:
-        last = 1 + value.spatial
-        if start in (1, -last) and end in (-1, last):
-            return value if value.spatial == 0 else Channels(value.full, value.slim, spatial=0, flattened=True)
-        if start in (2, 1 - last) and end in (-1, last) and value.spatial:
-            return Channels(value.full, value.slim, spatial=1)
-        return self._refuse(node, "only flattening from dimension 1 or 2 to the last can be followed")
-
-    def _view(self, node: fx.Node, value: Channels) -> Value:
-        shape = node.args[1:] or tuple(node.kwargs.values())
-        if len(shape) == 1 and isinstance(shape[0], tuple | list):
-            shape = tuple(shape[0])
-        batch = shape[0] if shape else None
-        if len(shape) == 2 and shape[1] == -1 and isinstance(batch, fx.Node) and self.values[batch] is Other.BATCH:
-            return self._flatten(node, value, 1, -1)
-        sizes = ", ".join(str(size) for size in shape)
-        return self._refuse(node, f"sizes ({sizes}) do not follow the width; write torch.flatten(x, 1)")
-
-    def _drop(self, node: fx.Node, value: Channels, dims: Any, *, kept: bool) -> Value:
-        """Reduce or squeeze spatial dimensions."""
-        some = dims if isinstance(dims, tuple | list) else (dims,)
-        if not some or not all(isinstance(one, int) for one in some):
-            self._refuse(node, "it reduces over all dimensions; name the spatial ones with dim=…")
-        dropped = {one if one >= 0 else one + 2 + value.spatial for one in some}
-        if not all(2 <= one < 2 + value.spatial for one in dropped):
-            self._refuse(node, f"it reduces over dimensions {tuple(some)}, not over spatial ones alone")
-        return value if kept else Channels(value.full, value.slim, value.spatial - len(dropped))
-
-    def _spatial(self, node: fx.Node, value: Channels, name: str) -> Value:
-        padding = argument(node, 1, "pad", None) if name == "pad" else ()
-        if not isinstance(padding, tuple | list) or len(padding) > 2 * value.spatial or value.spatial == 0:
-            self._refuse(node, "it changes dimensions other than the spatial ones")
-        return value
-
-    def _arithmetic(self, node: fx.Node, operands: list[Value]) -> Value:
+    def _arithmetic(self, operands: list[Value]) -> Value:
         followed = [operand for operand in operands if isinstance(operand, Channels)]
+        if not followed:
+            raise ChannelsLostError(self._direct(operands))
         first = followed[0]
         if any(other != first for other in followed[1:]):
-            self._refuse(node, f"its operands differ: {', '.join(map(str, followed))}")
+            raise ChannelsLostError(f"its operands differ: {', '.join(map(str, followed))}")
         if Other.TENSOR in operands and first.full != first.slim:
-            self._refuse(node, f"it combines {first} with a tensor that keeps its full size")
+            raise ChannelsLostError(f"it combines {first} with a tensor that keeps its full size")
+        for weight in operands:
+            if isinstance(weight, Weight):
+                self._share_weight(weight, first)
         return first
 
-    def _size(self, node: fx.Node, name: str) -> Value:
-        dim = argument(node, 1, "dim", None)
-        if name == "shape" or (name == "size" and dim is None):
-            return Other.SHAPE
-        return Other.BATCH if name == "size" and dim == 0 else Other.NUMBER
+    def _share_weight(self, weight: Weight, value: Channels) -> None:
+        """Plan a parameter that is combined with a tensor, dimension by dimension from the last."""
+        at = value.axis - (value.rank - len(weight.shape))
+        kept: list[Blocks | None] = [None] * len(weight.shape)
+        if value.flattened:
+            raise ChannelsLostError(f"it combines {value}, flattened, with a parameter")
+        if at >= 0 and weight.shape[at] != 1:
+            if weight.shape[at] != value.full:
+                raise ChannelsLostError(f"it combines {value} with a parameter of shape {weight.shape}")
+            kept[at] = value.blocks
+        self._plan(weight.owner, LayerPlan({}, {weight.name: tuple(kept)}, shared=True))
+
+    @staticmethod
+    def _direct(operands: Sequence[Value]) -> str:
+        names = [f"{one.owner}.{one.name}".lstrip(".") for one in operands if isinstance(one, Weight)]
+        return f"forward uses {', '.join(names)} directly instead of through a layer"
+
+    def _concatenated(self, node: fx.Node) -> Value:
+        tensors = argument(node, 0, "tensors", ())
+        parts = [self.values[one] for one in tensors] if isinstance(tensors, tuple | list) else []
+        channels = [one for one in parts if isinstance(one, Channels)]
+        dim = argument(node, 1, "dim", 0)
+        if not channels:
+            return self._refuse(node)
+        for part in parts:
+            if isinstance(part, Weight) and channels[0].dimension(dim) != channels[0].axis:  # a class token
+                self._share_weight(part, channels[0])
+            elif not isinstance(part, Channels):
+                raise ChannelsLostError("it puts hidden channels beside a tensor that keeps its full size")
+        return channels[0].beside(channels[1:], dim)
+
+    def _view(self, node: fx.Node, value: Channels) -> Value:
+        """`view` and `reshape`, where sizes say which dimension holds the channels."""
+        shape = _several(node, "shape")
+        known = [self.values[size] if isinstance(size, fx.Node) else size for size in shape]
+        if len(known) == 2 and known[1] == -1 and known[0] is Other.BATCH:
+            return value.flatten(1, -1)
+        owner = self._owner(node)
+        attribute = next((name for kind, name in SIZE_ATTRIBUTES.items() if isinstance(owner[1], kind)), None)
+        written = attribute is not None and value.full in known and getattr(owner[1], attribute) == value.full
+        if written and len(value.blocks) == 1:
+            if value.axis == 1 and known[:2] == [Other.BATCH, value.full]:
+                self._plan(owner[0], LayerPlan({str(attribute): value.slim}, {}, shared=True))
+                return Channels(value.blocks, 1, len(known))
+            if value.is_last and known == [-1, value.full]:
+                return Channels(value.blocks, 1, 2)
+        sizes = ", ".join(str(size) for size in shape)
+        raise ChannelsLostError(f"sizes ({sizes}) do not follow the width; write torch.flatten(x, 1)")
+
+    # -- functions that take parameters
+
+    def _layer_norm(self, node: fx.Node) -> Value:
+        value = self.values[node.all_input_nodes[0]]
+        weights = [self.values[other] for other in node.all_input_nodes[1:]]
+        owner = weights[0].owner if weights and isinstance(weights[0], Weight) else None
+        layer = None if owner is None else self.model.get_submodule(owner)
+        if owner is None or not isinstance(layer, nn.LayerNorm):
+            return self._refuse(node, "only the layer normalisation of an nn.LayerNorm can be slimmed")
+        plans, value = slim_layer_norm(layer.normalized_shape, value)
+        self._plan(owner, plans[""])
+        return value
+
+    def _relative_position_bias(self, node: fx.Node) -> Value:
+        """Swin's table of (positions, heads), or its network of them, made (1, heads, tokens, tokens)."""
+        value = self.values[node.all_input_nodes[0]]
+        return Channels(value.blocks, 1, 4) if isinstance(value, Channels) else value
+
+    def _window_attention(self, node: fx.Node) -> Value:
+        """Swin's attention in windows: a slim one has fewer heads of the same size."""
+        names = ("input", "qkv_weight", "proj_weight", "relative_position_bias", "window_size", "num_heads")
+        given = {**dict(zip(names, node.args, strict=False)), **node.kwargs}
+        values = {name: self.values[one] for name, one in given.items() if isinstance(one, fx.Node)}
+        value, heads = values["input"], given["num_heads"]
+        owner = self._owner(node)[0]
+        if not isinstance(value, Channels) or not value.is_last or not isinstance(heads, int) or value.full % heads:
+            return self._refuse(node)
+        size = value.full // heads
+        self.widths.require_groups(value.blocks, size)
+        kept: Kept = (tuple((full // size, slim // size) for full, slim in value.blocks),)
+        for name, out in (("qkv", value.blocks * 3), ("proj", value.blocks)):
+            weight = values[f"{name}_weight"]
+            if not isinstance(weight, Weight):
+                return self._refuse(node)
+            self._plan(weight.owner, attention_projection(out, value.blocks))
+        own = LayerPlan({"num_heads": value.slim // size}, {}, shared=True)
+        bias, scale = values["relative_position_bias"], values.get("logit_scale")
+        if isinstance(bias, Weight):
+            own = replace(own, kept={bias.name: (None, *kept)})
+        elif not isinstance(bias, Channels) or bias.blocks != kept[0]:
+            raise ChannelsLostError(f"its relative position bias has other heads: {bias}")
+        if isinstance(scale, Weight):
+            own = replace(own, kept={**own.kept, scale.name: kept})
+        self._plan(owner, own)
+        return value
+
+    def _merged_patches(self, node: fx.Node) -> Value:
+        """Swin's four neighbouring positions side by side in the last dimension."""
+        value = self.values[node.all_input_nodes[0]]
+        if not isinstance(value, Channels) or not value.is_last:
+            return self._refuse(node)
+        return replace(value, blocks=value.blocks * 4)
 
     # -- shared
+
+    def _plan(self, name: str, plan: LayerPlan) -> None:
+        """Note a plan; those of one module add up."""
+        known = self.plans.get(name)
+        if known is None:
+            self.plans[name] = plan
+            return
+        same = all(known.sizes.get(key, size) == size for key, size in plan.sizes.items()) and all(
+            known.kept.get(key, kept) == kept for key, kept in plan.kept.items()
+        )
+        if not same or known.shared != plan.shared:
+            raise ChannelsLostError(f"it is used twice with different slim sizes: {known.sizes}, {plan.sizes}")
+        self.plans[name] = LayerPlan({**known.sizes, **plan.sizes}, {**known.kept, **plan.kept}, plan.shared)
 
     def _only_input(self, node: fx.Node) -> Value:
         inputs = [self.values[other] for other in node.all_input_nodes]
         if len(inputs) != 1:
-            self._refuse(node, f"it takes {len(inputs)} inputs")
+            raise ChannelsLostError(f"it takes {len(inputs)} inputs")
+        if isinstance(inputs[0], Weight):
+            raise ChannelsLostError(self._direct(inputs))
         return inputs[0]
+
+    def _owner(self, node: fx.Node) -> tuple[str, nn.Module]:
+        """The module whose forward code an operation is part of: its name and itself."""
+        stack = node.meta.get("nn_module_stack") or {}
+        name = next(reversed(stack.values()))[0] if stack else ""
+        return name, self.model.get_submodule(name)
 
     def _refuse(self, node: fx.Node, reason: str | None = None) -> NoReturn:
         if node.op == "call_module":
             kind = type(self.model.get_submodule(str(node.target))).__name__
             what = f"{node.target} ({kind})"
         else:
-            stack = node.meta.get("nn_module_stack") or {}
-            path, owner = list(stack.values())[-1] if stack else ("the model", type(self.model))
+            name, owner = self._owner(node)
             kind = operation_name(node)
-            what = f"{path} ({getattr(owner, '__name__', owner)}): {kind}()"
+            what = f"{name or 'the model'} ({type(owner).__name__}): {kind}()"
         reason = reason or _REASONS.get(kind, "there is no rule for slimming it")
         raise UnsupportedLayerError(f"{what} cannot be slimmed: {reason}; change it, or {WIDTH_ONE}")
+
+
+_SPECIAL = {
+    "cat": _Follower._concatenated,
+    "concat": _Follower._concatenated,
+    "layer_norm": _Follower._layer_norm,
+    "get_relative_position_bias": _Follower._relative_position_bias,
+    "shifted_window_attention": _Follower._window_attention,
+    "patch_merging_pad": _Follower._merged_patches,
+}
+
+
+def _keep(value: Channels, name: str) -> Value:
+    """An activation, or a pool of as many spatial dimensions as its name says."""
+    dimensions = name[-2:-1]  # of max_pool2d and ZeroPad2d
+    if name.endswith("d") and dimensions.isdigit():
+        spatial = value.rank - 2 if "ropout" in name else int(dimensions)
+        if not value.is_image(spatial):
+            raise ChannelsLostError(f"it works on {dimensions} spatial dimensions, but gets {value.rank - 2}")
+    return value
+
+
+def _spatial(node: fx.Node, value: Channels, name: str) -> Value:
+    padding = argument(node, 1, "pad", None) if name == "pad" else ()
+    if not isinstance(padding, tuple | list) or value.axis != 1 or not len(padding) <= 2 * (value.rank - 2) != 0:
+        raise ChannelsLostError("it changes dimensions other than the spatial ones")
+    return value
+
+
+def _size(node: fx.Node, name: str) -> Value:
+    dim = argument(node, 1, "dim", None)
+    if name == "shape" or (name == "size" and dim is None):
+        return Other.SHAPE
+    return Other.BATCH if name == "size" and dim == 0 else Other.NUMBER
+
+
+def _several(node: fx.Node, name: str) -> tuple[Any, ...]:
+    """Sizes or dimensions, given one by one or as one tuple."""
+    given = node.args[1:] or ((node.kwargs[name],) if name in node.kwargs else tuple(node.kwargs.values()))
+    return tuple(given[0]) if len(given) == 1 and isinstance(given[0], tuple | list) else tuple(given)
+
+
+def _dims(dims: Any) -> tuple[Any, ...]:
+    return tuple(dims) if isinstance(dims, tuple | list) else (dims,)

@@ -18,8 +18,8 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from dynams_stream.errors import HeadError, UnsupportedLayerError, UsageError
-from dynams_stream.proxy import ParameterSharingProxy, find_head, slim_architecture
+from dynams_stream.errors import HeadError, ShardedModelError, UnsupportedLayerError, UsageError
+from dynams_stream.proxy import ParameterSharingProxy, find_head, joint_loss, slim_architecture
 
 
 def flatten_head_net() -> nn.Module:
@@ -103,12 +103,21 @@ def volume_net() -> nn.Module:
     )
 
 
+def grouped_net() -> nn.Module:
+    """12 channels in groups of 3 and of 4, so that whole groups of both stay only in steps of 12 of 24."""
+    return nn.Sequential(
+        *(nn.Conv2d(3, 24, 3), nn.Conv2d(24, 24, 3, groups=8), nn.GroupNorm(6, 24), nn.ReLU()),
+        *(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(24, 5)),
+    )
+
+
 IMAGES = (2, 3, 16, 16)
 MODELS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], str]] = {
     "flatten head": (flatten_head_net, IMAGES, "11"),
     "perceptron": (perceptron, IMAGES, "5"),
     "depthwise": (depthwise_net, IMAGES, "8"),
     "functional": (Functional, IMAGES, "head"),
+    "grouped": (grouped_net, IMAGES, "6"),
     "sequence": (sequence_net, (2, 3, 16), "7"),
     "volume": (volume_net, (2, 1, 5, 5, 5), "5"),
     "resnet18": (partial(torchvision.models.resnet18, num_classes=5), (2, 3, 32, 32), "fc"),
@@ -209,7 +218,8 @@ def test_parameters_and_state_have_no_duplicates_and_miss_nothing(name: str) -> 
     state = network.state_dict()
     assert len({tensor.data_ptr() for tensor in state.values()}) == len(state)
     own = [key for key, _ in network.proxy.named_parameters()]
-    norms = [n for n, layer in network.proxy.named_modules() if isinstance(layer, nn.modules.batchnorm._NormBase)]
+    kinds = (nn.modules.batchnorm._NormBase, nn.GroupNorm)
+    norms = [n for n, layer in network.proxy.named_modules() if isinstance(layer, kinds)]
     assert {key.rsplit(".", 1)[0] for key in own} == {network.head, *norms}
     assert len(list(network.parameters())) == len(list(network.model.parameters())) + len(own)
 
@@ -496,6 +506,66 @@ def test_autocast_computes_both() -> None:
     assert all(p.grad is not None and p.grad.dtype == torch.float32 for p in network.parameters())
 
 
+@pytest.mark.parametrize("name", ["resnet18", "grouped", "attention"])
+def test_compiled_it_computes_the_same(name: str) -> None:
+    network = ParameterSharingProxy(Attention()).eval() if name == "attention" else network_of(name)
+    x, labels = torch.randn(IMAGES), torch.tensor([1, 4])
+    compiled = torch.compile(network, backend="aot_eager", fullgraph=True)
+    gradients = []
+    for run in (network, compiled):
+        network.zero_grad(set_to_none=True)
+        joint_loss(F.cross_entropy, run(x), labels).backward()
+        gradients.append([parameter.grad for parameter in network.parameters()])
+    for mine, theirs in zip(*gradients, strict=True):
+        torch.testing.assert_close(theirs, mine, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["depthwise", "grouped", "resnet18"])
+def test_channels_last_computes_the_same(name: str) -> None:
+    network = network_of(name)
+    expected = network(inputs(name))
+    found = network.to(memory_format=torch.channels_last)(inputs(name).to(memory_format=torch.channels_last))
+    for mine, theirs in zip(found, expected, strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-5)
+    for full, slim in shared_layers(network).values():
+        assert slim.weight.data_ptr() == full.weight.data_ptr()
+
+
+# ---- the proxy in each n-th step -------------------------------------------------------------------------------------
+
+
+def test_the_proxy_takes_part_in_each_nth_training_step_alone() -> None:
+    network = ParameterSharingProxy(build("perceptron"), every=3).train()
+    x, labels = inputs("perceptron"), torch.tensor([1, 4])
+    took_part = []
+    for _ in range(7):
+        network.zero_grad(set_to_none=True)
+        joint_loss(F.cross_entropy, network(x), labels).backward()
+        own = [parameter.grad is not None for parameter in network.proxy.parameters()]
+        assert all(own) or not any(own)
+        assert all(parameter.grad is not None for parameter in network.model.parameters())
+        took_part.append(own[0])
+    assert took_part == [True, False, False, True, False, False, True]
+    network.eval()
+    assert all(network(x)[1] is not None for _ in range(4)), "evaluation is not a step"
+    compiled = torch.compile(ParameterSharingProxy(build("perceptron"), every=2).train(), backend="eager")
+    assert [compiled(x)[1] is not None for _ in range(5)] == [True, False, True, False, True]
+
+
+@pytest.mark.parametrize("every", [0, -1, 1.5, True, "2"])
+def test_other_step_counts_are_refused(every: Any) -> None:
+    with pytest.raises(UsageError, match="every is"):
+        ParameterSharingProxy(perceptron(), every=every)
+
+
+def test_the_joint_loss_weighs_the_proxy() -> None:
+    logits, proxy_logits, labels = torch.randn(4, 3), torch.randn(4, 3), torch.tensor([0, 2, 1, 1])
+    alone = [F.cross_entropy(one, labels) for one in (logits, proxy_logits)]
+    assert joint_loss(F.cross_entropy, (logits, proxy_logits), labels) == alone[0] + alone[1]
+    assert joint_loss(F.cross_entropy, (logits, proxy_logits), labels, proxy_weight=0.25) == alone[0] + 0.25 * alone[1]
+    assert joint_loss(F.cross_entropy, (logits, None), labels) == alone[0]
+
+
 def test_frozen_parameters_stay_frozen() -> None:
     model = build("flatten head")
     model[0].requires_grad_(False)
@@ -507,35 +577,71 @@ def test_frozen_parameters_stay_frozen() -> None:
     assert network.slim()[8].weight.requires_grad
 
 
-def _train_a_step(rank: int, address: str, folder: str) -> None:
+def _train(rank: int, address: str, folder: str, every: int) -> None:
     torch.distributed.init_process_group("gloo", init_method=address, rank=rank, world_size=2)
-    torch.manual_seed(0)
-    network = ParameterSharingProxy(perceptron(), 0.5)
-    wrapped = nn.parallel.DistributedDataParallel(network)
-    x, labels = _ddp_batch()
-    logits, proxy_logits = wrapped(x[rank::2])
-    (F.cross_entropy(logits, labels[rank::2]) + F.cross_entropy(proxy_logits, labels[rank::2])).backward()
-    gradients = {name: p.grad for name, p in network.named_parameters()}
-    torch.save(gradients, f"{folder}/{rank}.pt")
+    torch.manual_seed(rank)  # ranks that start apart are made equal by DDP
+    network = ParameterSharingProxy(grouped_net(), 0.5, every=every)
+    wrapped = nn.parallel.DistributedDataParallel(network, find_unused_parameters=every > 1)
+    _train_steps(wrapped, network, slice(rank, None, 2))
+    torch.save(network.state_dict(), f"{folder}/{rank}.pt")
     torch.distributed.destroy_process_group()
 
 
-def _ddp_batch() -> tuple[Tensor, Tensor]:
+def _train_steps(callable_network: nn.Module, network: ParameterSharingProxy, mine: slice) -> None:
+    """Five steps with weight decay and momentum, on part of each batch."""
     generator = torch.Generator().manual_seed(3)
-    return torch.randn(8, 3, 16, 16, generator=generator), torch.randint(5, (8,), generator=generator)
+    optimizer = torch.optim.SGD(network.parameters(), lr=0.1, momentum=0.9, weight_decay=0.01)
+    for _ in range(5):
+        x, labels = torch.randn(8, 3, 16, 16, generator=generator), torch.randint(5, (8,), generator=generator)
+        optimizer.zero_grad()
+        joint_loss(F.cross_entropy, callable_network(x[mine]), labels[mine]).backward()
+        optimizer.step()
 
 
-def test_two_ranks_average_the_gradients_of_both(tmp_path: Path) -> None:
-    torch.multiprocessing.spawn(_train_a_step, (f"file://{tmp_path}/meet", str(tmp_path)), nprocs=2)
+@pytest.mark.parametrize("every", [1, 2])
+def test_two_ranks_train_as_one_and_stay_in_sync(tmp_path: Path, every: int) -> None:
+    arguments = (f"file://{tmp_path}/meet", str(tmp_path), every)
+    torch.multiprocessing.spawn(_train, arguments, nprocs=2)
     torch.manual_seed(0)
-    alone = ParameterSharingProxy(perceptron(), 0.5)
-    x, labels = _ddp_batch()
-    logits, proxy_logits = alone(x)
-    (F.cross_entropy(logits, labels) + F.cross_entropy(proxy_logits, labels)).backward()
+    alone = ParameterSharingProxy(grouped_net(), 0.5, every=every)
+    _train_steps(alone, alone, slice(None))
+    states = [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2)]
+    for name, tensor in alone.state_dict().items():
+        torch.testing.assert_close(states[0][name], tensor, rtol=1e-4, atol=1e-5)
+        assert torch.equal(states[0][name], states[1][name]), f"{name} is the same on both ranks"
+
+
+def _shard(rank: int, address: str, folder: str) -> None:
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    torch.distributed.init_process_group("gloo", init_method=address, rank=rank, world_size=2)
+    mesh = init_device_mesh("cpu", (2,))
+
+    def sharded(model: nn.Module) -> nn.Module:
+        for layer in model:
+            if any(True for _ in layer.parameters()):
+                fully_shard(layer, mesh=mesh)
+        return model
+
+    with pytest.raises(ShardedModelError) as made:
+        ParameterSharingProxy(sharded(perceptron()))
+    network = ParameterSharingProxy(perceptron())
+    sharded(network.model)
+    fully_shard(network, mesh=mesh)  # now each layer's parameters are whole during its own forward alone
+    with pytest.raises(ShardedModelError) as called:
+        network(inputs("perceptron"))
+    messages = [str(made.value), str(called.value)]
+    Path(folder, f"{rank}.txt").write_text("\n".join(messages))
+    torch.distributed.destroy_process_group()
+
+
+def test_sharded_parameters_are_refused(tmp_path: Path) -> None:
+    torch.multiprocessing.spawn(_shard, (f"file://{tmp_path}/meet", str(tmp_path)), nprocs=2)
     for rank in range(2):
-        gradients = torch.load(tmp_path / f"{rank}.pt", weights_only=True)
-        for name, parameter in alone.named_parameters():
-            torch.testing.assert_close(gradients[name], parameter.grad, rtol=1e-4, atol=1e-6)
+        made, called = (tmp_path / f"{rank}.txt").read_text().splitlines()
+        assert made.startswith("1.weight (FSDPLinear) is sharded"), made
+        assert called.startswith("1.weight (FSDPLinear) is sharded"), called
 
 
 # ---- the head --------------------------------------------------------------------------------------------------------
@@ -629,12 +735,49 @@ class Custom(nn.Module):
 
 
 class OwnParameter(nn.Module):
-    def __init__(self) -> None:
+    """A scale for each channel, through a function."""
+
+    def __init__(self, function: Callable[[Tensor], Tensor]) -> None:
         super().__init__()
         self.gamma = nn.Parameter(torch.ones(8, 1, 1))
+        self.function = function
 
     def forward(self, x: Tensor) -> Tensor:
-        return x * self.gamma
+        return x * self.function(self.gamma)
+
+
+class MixedGroups(nn.Module):
+    """Two times 6 channels in groups of 4: the middle group has some of both."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.grouped, self.head = nn.Conv2d(3, 6, 1), nn.Conv2d(12, 12, 1, groups=3), nn.Linear(12, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.conv(x)
+        return self.head(self.grouped(torch.cat([x, x], 1)).mean((2, 3)))
+
+
+class ConcatenatedInput(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.head = nn.Conv2d(3, 8, 1), nn.Linear(11, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(torch.cat([x, self.conv(x)], 1).mean((2, 3)))
+
+
+class Attention(nn.Module):
+    """Attention from four tokens to all of another convolution's."""
+
+    def __init__(self, **options: bool) -> None:
+        super().__init__()
+        self.conv, self.other, self.head = nn.Conv2d(3, 8, 1), nn.Conv2d(3, 8, 1), nn.Linear(8, 5)
+        self.attention = nn.MultiheadAttention(8, 2, batch_first=True, **options)
+
+    def forward(self, x: Tensor) -> Tensor:
+        query, key = (conv(x).flatten(2).transpose(1, 2) for conv in (self.conv, self.other))
+        return self.head(self.attention(query.relu()[:, :4], key, key)[0].mean(1))
 
 
 class TwiceUsed(nn.Module):
@@ -662,33 +805,31 @@ def pooled(*layers: nn.Module) -> nn.Module:
 @pytest.mark.parametrize(
     ("model", "message"),
     [
-        (pooled(nn.Conv2d(8, 8, 3, groups=2)), r"1 \(Conv2d\).*grouped convolution \(groups=2\)"),
-        (pooled(nn.GroupNorm(2, 8)), r"1 \(GroupNorm\).*groups"),
+        (MixedGroups(), r"grouped \(Conv2d\).*groups of 4 channels mix"),
         (pooled(nn.ConvTranspose2d(8, 8, 3)), r"1 \(ConvTranspose2d\).*no rule"),
         (pooled(nn.ChannelShuffle(2)), r"1 \(ChannelShuffle\).*no rule"),
         (pooled(nn.utils.parametrizations.weight_norm(nn.Conv2d(8, 8, 1))), r"1 \(ParametrizedConv2d\).*plain weight"),
-        (pooled(OwnParameter()), r"1\.gamma.*directly"),
+        (pooled(OwnParameter(torch.exp)), r"1 \(OwnParameter\): exp\(\).*no rule"),
         (pooled(ControlFlow()), r"1 \(ControlFlow\).*cannot be traced"),
-        (nn.Sequential(nn.Linear(6, 8), nn.LayerNorm(8), nn.Linear(8, 5)), r"1 \(LayerNorm\).*not supported"),
+        (pooled(nn.LayerNorm(14)), r"1 \(LayerNorm\).*last 1 dimensions, which do not hold"),
         (nn.Sequential(nn.Embedding(6, 8), nn.Flatten(), nn.Linear(8, 5)), r"0 \(Embedding\).*not supported"),
         (nn.Sequential(nn.Linear(6, 8), nn.Bilinear(8, 8, 4), nn.Linear(4, 5)), r"1 \(Bilinear\)"),
-        (Custom(lambda x: torch.cat([x, x], 1).mean((2, 3)), 16), r"the model \(Custom\): cat\(\).*concatenation"),
+        (ConcatenatedInput(), r"\(ConcatenatedInput\): cat\(\).*beside a tensor that keeps its full size"),
         (Custom(lambda x: x.view(-1, 8 * 256), 8 * 256), r"view\(\).*\(-1, 2048\) do not follow.*torch.flatten"),
         (Custom(lambda x: x.reshape(x.size(0), 8 * 256), 8 * 256), r"reshape\(\).*2048"),
-        (Custom(lambda x: x.permute(0, 2, 3, 1).flatten(1), 8 * 256), r"permute\(\)"),
+        (Custom(lambda x: x.permute(0, 2, 3, 1).flatten(1), 8 * 256), r"flatten\(\).*channel's values together"),
         (Custom(lambda x: x.mean(1).flatten(1), 256), r"mean\(\).*not over spatial ones"),
         (Custom(lambda x: x.mean().view(1, 1)), r"mean\(\).*all dimensions"),
         (Custom(lambda x: F.adaptive_avg_pool2d(x, 1).squeeze()), r"squeeze\(\).*all dimensions"),
         (Custom(lambda x: torch.flatten(x)), r"flatten\(\).*dimension 1"),
-        (Custom(lambda x: x[:, :, 0, 0]), r"getitem\(\)"),
+        (Custom(lambda x: x[:, 2:6, 0, 0], 4), r"getitem\(\).*some channels"),
+        (Custom(lambda x: x.chunk(2, 1)[0].mean((2, 3)), 4), r"chunk\(\).*some channels"),
         (Custom(lambda x: x, 16), r"head \(Linear\).*spatial dimension"),
         (Custom(lambda x: x.mean((2, 3)), 16), r"head \(Linear\).*16 features, but gets 8 channels"),
         (Custom(lambda x: F.softmax(x, 1).mean((2, 3))), r"softmax\(\).*no rule"),
         (Custom(lambda x: x.mean((2, 3)), spare=nn.Linear(8, 8)), r"spare\.weight.*not used"),
         (TwiceUsed(), r"mix \(Linear\).*used twice"),
         (ChannelResidual(), r"the model \(ChannelResidual\): add\(\).*keeps its full size"),
-        (torchvision.models.densenet121(num_classes=5), r"features\.denseblock1\.denselayer1.*cat\(\).*concatenation"),
-        (torchvision.models.resnext50_32x4d(num_classes=5), r"layer1\.0\.conv2 \(Conv2d\).*groups=32"),
     ],
 )
 def test_what_cannot_be_slimmed_is_named(model: nn.Module, message: str) -> None:
@@ -717,7 +858,8 @@ class OneLayer(nn.Module):
     ("model", "message"),
     [
         (OneLayer(nn.LSTM(8, 8), 1), r"middle \(LSTM\).*recurrent layers are not supported"),
-        (OneLayer(nn.MultiheadAttention(8, 2), 3), r"middle \(MultiheadAttention\).*attention is not supported"),
+        (OneLayer(nn.MultiheadAttention(8, 2), 3), r"middle \(MultiheadAttention\).*takes \(batch, tokens, 8\)"),
+        (Attention(add_bias_kv=True), r"attention \(MultiheadAttention\).*same channels"),
         (OneLayer(nn.Bilinear(8, 8, 8), 2), r"middle \(Bilinear\)"),
         (OneLayer(nn.MaxPool1d(2, return_indices=True), 1), r"middle \(MaxPool1d\)"),
     ],
