@@ -14,13 +14,23 @@ if TYPE_CHECKING:
     from dynams_stream.remote_options import RemoteOptions
     from dynams_stream.sample_cache import SampleCache
     from dynams_stream.samples import SelectedSamples
-    from dynams_stream.schedule import LinearSchedule, PowerSchedule
+    from dynams_stream.schedule import (
+        ConstantSchedule,
+        CosineSchedule,
+        ExponentialSchedule,
+        LinearSchedule,
+        PowerSchedule,
+        StepSchedule,
+    )
     from dynams_stream.scorer import ScorerSpec
     from dynams_stream.selection import Selection
     from dynams_stream.store import Round, Store
     from dynams_stream.stream import SelectedDataset
 
 _MODULES = {
+    "ConstantSchedule": "schedule",
+    "CosineSchedule": "schedule",
+    "ExponentialSchedule": "schedule",
     "LinearSchedule": "schedule",
     "ParameterSharingProxy": "proxy",
     "PowerSchedule": "schedule",
@@ -31,11 +41,15 @@ _MODULES = {
     "SelectedDataset": "stream",
     "SelectedSamples": "samples",
     "Selection": "selection",
+    "StepSchedule": "schedule",
     "Store": "store",
     "joint_loss": "proxy",
 }
 
 __all__ = [
+    "ConstantSchedule",
+    "CosineSchedule",
+    "ExponentialSchedule",
     "LinearSchedule",
     "ParameterSharingProxy",
     "PowerSchedule",
@@ -46,6 +60,7 @@ __all__ = [
     "SelectedDataset",
     "SelectedSamples",
     "Selection",
+    "StepSchedule",
     "Store",
     "joint_loss",
 ]

@@ -4,7 +4,8 @@
     round            –      │      k = 1      │      k = 2      │   │   k = K  │       –
     fraction         1      │       γ_1       │       γ_2       │   │    γ_K   │       1
 
-There are K = ⌈(epochs − warmup − anneal) / interval⌉ rounds; the last may be shorter. γ_k falls, and γ_K is `final`.
+There are K = ⌈(epochs − warmup − anneal) / interval⌉ rounds; the last may be shorter. γ_k never rises, and γ_K is
+`final`.
 The warm-up gives the model a boundary worth measuring; the last stretch on everything removes the bias that selection
 leaves.
 """
@@ -51,9 +52,7 @@ class Schedule(ABC):
 
     def __post_init__(self) -> None:
         for name, least in (("epochs", 1), ("warmup", 0), ("anneal", 0), ("interval", 1)):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < least:
-                raise UsageError(f"{name} is {value!r}; a whole number of {least} or more is needed")
+            _require_whole(name, getattr(self, name), least)
         if self.warmup + self.anneal >= self.epochs:
             raise UsageError(
                 f"warmup={self.warmup} and anneal={self.anneal} leave none of {self.epochs} epochs to select in; "
@@ -168,3 +167,62 @@ class LinearSchedule(Schedule):
 
     def _fraction_of_round(self, number: int, final: float) -> float:
         return 1 - (1 - final) * number / self.rounds
+
+
+@dataclass(frozen=True)
+class CosineSchedule(Schedule):
+    """γ_k = final + (1 − final) · (1 + cos(π·k/K)) / 2: slowly, fast, slowly."""
+
+    def _fraction_of_round(self, number: int, final: float) -> float:
+        return final + (1 - final) * (1 + math.cos(math.pi * number / self.rounds)) / 2
+
+
+@dataclass(frozen=True)
+class ExponentialSchedule(Schedule):
+    """γ_k = final^(k/K): falls by the same factor each round."""
+
+    def _fraction_of_round(self, number: int, final: float) -> float:
+        return float(final ** (number / self.rounds))
+
+
+@dataclass(frozen=True)
+class ConstantSchedule(Schedule):
+    """γ_k = final: at once. (Falling from everything to a tenth in one round costs accuracy; see docs/method.md.)"""
+
+    def _fraction_of_round(self, number: int, final: float) -> float:
+        return final
+
+
+@dataclass(frozen=True)
+class StepSchedule(Schedule):
+    """γ_k = final^(s/S) with s = ⌈k·S/K⌉: S equal stages, each by the same factor smaller than the one before.
+
+    Args:
+        steps: S, at least 1; of more stages than rounds, each round is one.
+    """
+
+    steps: int = 3
+
+    def __post_init__(self) -> None:
+        _require_whole("steps", self.steps, 1)
+        super().__post_init__()
+
+    def _fraction_of_round(self, number: int, final: float) -> float:
+        stages = min(self.steps, self.rounds)
+        return float(final ** (-(-number * stages // self.rounds) / stages))
+
+
+SCHEDULES: dict[str, type[Schedule]] = {
+    "power": PowerSchedule,
+    "linear": LinearSchedule,
+    "cosine": CosineSchedule,
+    "exponential": ExponentialSchedule,
+    "constant": ConstantSchedule,
+    "step": StepSchedule,
+}
+"""Schedules by the name that configurations and commands give them."""
+
+
+def _require_whole(name: str, value: object, least: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise UsageError(f"{name} is {value!r}; a whole number of {least} or more is needed")

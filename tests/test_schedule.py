@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import pickle
 from decimal import Decimal
+from fractions import Fraction
 from typing import Any
 
 import pytest
@@ -12,9 +13,35 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from dynams_stream.errors import UsageError
-from dynams_stream.schedule import LinearSchedule, PowerSchedule, Schedule
+from dynams_stream.schedule import (
+    SCHEDULES,
+    ConstantSchedule,
+    CosineSchedule,
+    ExponentialSchedule,
+    LinearSchedule,
+    PowerSchedule,
+    Schedule,
+    StepSchedule,
+)
 
-KINDS = (PowerSchedule, LinearSchedule)
+KINDS = tuple(SCHEDULES.values())
+
+
+def by_formula(kind: type[Schedule], k: int, rounds: int, final: float) -> float:
+    """γ_k as the documentation writes it."""
+    if kind is PowerSchedule:
+        return (k + 1) ** (math.log(final) / math.log(rounds + 1))
+    if kind is LinearSchedule:
+        return 1 - (1 - final) * k / rounds
+    if kind is CosineSchedule:
+        return final + (1 - final) * (1 + math.cos(math.pi * k / rounds)) / 2
+    if kind is ExponentialSchedule:
+        return math.exp(math.log(final) * k / rounds)
+    if kind is StepSchedule:
+        stages = min(3, rounds)
+        return final ** (math.ceil(Fraction(k * stages, rounds)) / stages)
+    assert kind is ConstantSchedule
+    return final
 
 
 def fractions(schedule: Schedule) -> list[float]:
@@ -29,6 +56,24 @@ def test_linear_by_hand() -> None:
 def test_power_by_hand() -> None:
     # K = 3, final = 1/4: r = ln 4 / ln 4 = 1, so γ_k = 1/(k + 1)
     assert fractions(PowerSchedule(4, warmup=1, final=0.25)) == pytest.approx([1, 1 / 2, 1 / 3, 1 / 4], abs=1e-12)
+
+
+def test_the_others_by_hand() -> None:
+    # K = 4 rounds of one epoch, final 1/16: cos(π/4) = √½
+    assert fractions(CosineSchedule(4, final=0.5)) == pytest.approx([0.5 + 0.25 * (1 + 0.5**0.5), 0.75, 0.5732233, 0.5])
+    assert fractions(ExponentialSchedule(4, final=1 / 16)) == pytest.approx([1 / 2, 1 / 4, 1 / 8, 1 / 16])
+    assert fractions(ConstantSchedule(4, warmup=1, final=0.3)) == [1.0, 0.3, 0.3, 0.3]
+    assert fractions(StepSchedule(4, final=1 / 16, steps=2)) == pytest.approx([1 / 4, 1 / 4, 1 / 16, 1 / 16])
+    assert fractions(StepSchedule(7, warmup=1, final=1 / 8)) == pytest.approx(
+        [1, *[1 / 2] * 2, *[1 / 4] * 2, *[1 / 8] * 2]
+    )
+    assert fractions(StepSchedule(2, final=1 / 16, steps=9)) == pytest.approx([1 / 4, 1 / 16]), "a stage a round"
+
+
+@pytest.mark.parametrize("steps", [0, 2.5, True])
+def test_a_step_schedule_needs_a_number_of_stages(steps: Any) -> None:
+    with pytest.raises(UsageError, match="steps is"):
+        StepSchedule(4, final=0.1, steps=steps)
 
 
 def test_the_measured_mnist_schedules() -> None:
@@ -72,10 +117,7 @@ def test_a_schedule_falls_to_final_and_not_below(shape: dict[str, int], kind: ty
     assert starts == list(selecting)[:: shape["interval"]]
     assert len(starts) == schedule.rounds
     for k, start in enumerate(starts, start=1):
-        if kind is PowerSchedule:
-            expected = (k + 1) ** (math.log(final) / math.log(schedule.rounds + 1))
-        else:
-            expected = 1 - (1 - final) * k / schedule.rounds
+        expected = by_formula(kind, k, schedule.rounds, final)
         assert schedule.fraction(start) == pytest.approx(expected, abs=1e-12)
     for epoch in set(range(shape["epochs"])) - set(selecting):
         assert schedule.fraction(epoch) == 1.0

@@ -9,7 +9,7 @@ from typing import Any, Literal
 import pydantic
 
 from dynams_stream.errors import UsageError
-from dynams_stream.schedule import LinearSchedule, PowerSchedule, Schedule
+from dynams_stream.schedule import SCHEDULES, Schedule
 
 METHODS = ("full", "random", "fresh-random", "static", "dynams")
 """What can be compared:
@@ -60,7 +60,7 @@ class TrainingConfig(_Strict):
 class SelectionConfig(_Strict):
     """The schedule of fractions and the score that is selected on."""
 
-    schedule: Literal["power", "linear"] = "power"
+    schedule: Literal["power", "linear", "cosine", "exponential", "constant", "step"] = "power"
     final: float | None = pydantic.Field(None, gt=0, le=1)
     budget: float | None = pydantic.Field(None, gt=0, le=1)
     warmup: int = pydantic.Field(2, ge=0)
@@ -82,9 +82,8 @@ class RunConfig(_Strict):
 
     def schedule(self) -> Schedule:
         """The schedule of fractions."""
-        kinds = {"power": PowerSchedule, "linear": LinearSchedule}
         chosen = self.selection
-        return kinds[chosen.schedule](
+        return SCHEDULES[chosen.schedule](
             epochs=self.training.epochs,
             warmup=chosen.warmup,
             anneal=chosen.anneal,
