@@ -93,6 +93,11 @@ class Schedule(ABC):
         """Whether a round has to be scored and selected before `epoch`."""
         return self._selects(epoch) and (epoch - self.warmup) % self.interval == 0
 
+    def rounds_follow(self, epoch: int) -> bool:
+        """Whether a round begins after `epoch`: until then the proxy has to be trained along."""
+        self._selects(epoch)
+        return epoch < self.warmup + (self.rounds - 1) * self.interval
+
     def round(self, epoch: int) -> Literal["latest"] | None:
         """What `epoch` streams: None (everything) in warm-up and anneal, else the newest round."""
         return "latest" if self._selects(epoch) else None

@@ -116,6 +116,8 @@ def test_a_schedule_falls_to_final_and_not_below(shape: dict[str, int], kind: ty
     starts = [epoch for epoch in range(shape["epochs"]) if schedule.starts_round(epoch)]
     assert starts == list(selecting)[:: shape["interval"]]
     assert len(starts) == schedule.rounds
+    follow = [epoch for epoch in range(shape["epochs"]) if schedule.rounds_follow(epoch)]
+    assert follow == [epoch for epoch in range(shape["epochs"]) if any(start > epoch for start in starts)]
     for k, start in enumerate(starts, start=1):
         expected = by_formula(kind, k, schedule.rounds, final)
         assert schedule.fraction(start) == pytest.approx(expected, abs=1e-12)
@@ -179,7 +181,7 @@ def test_total_steps_takes_the_fraction_as_written() -> None:
 
 
 @pytest.mark.parametrize("epoch", [-1, 4, 100])
-@pytest.mark.parametrize("method", ["fraction", "starts_round", "round"])
+@pytest.mark.parametrize("method", ["fraction", "starts_round", "round", "rounds_follow"])
 def test_epochs_outside_the_run_are_refused(method: str, epoch: int) -> None:
     with pytest.raises(UsageError, match=rf"epoch is {epoch}; .* 0 … 3"):
         getattr(PowerSchedule(4, final=0.5), method)(epoch)

@@ -84,6 +84,21 @@ def test_every_method_trains_on_what_was_planned_and_a_rerun_does_nothing(config
         CliRunner().invoke(app, ["--config", str(config), "--workers", "1"], catch_exceptions=False)
 
 
+def test_the_model_itself_scores_when_told_and_the_plan_comes_first(tmp_path: Path) -> None:
+    config = tmp_path / "run.toml"
+    text = CONFIG.format(out=tmp_path / "out").replace("[selection]", '[selection]\nscorer = "model"')
+    config.write_text(text.replace("width = 0.5", "width = 0.5\nevery = 2\nproxy_weight = 0.5"))
+    arguments = ["--config", str(config), "--method", "dynams", "--workers", "1", "--json"]
+    done = CliRunner().invoke(app, arguments, catch_exceptions=False)
+    (only,) = json.loads(done.stdout)["results"]
+    assert only["samples"] == planned_samples(read_config(config), "dynams", 1437)
+    rounds = Store(tmp_path / "out" / "stores" / "dynams-0").rounds()
+    assert [one.manifest["scorer"]["width"] for one in rounds] == [1.0] * 3
+    assert done.stderr.index("mean fraction") < done.stderr.index("dynams, seed 0:"), "told before training"
+    assert "DynaMS, scored by the model" in done.stderr
+    assert (tmp_path / "out" / "schedule.png").read_bytes().startswith(b"\x89PNG")
+
+
 def result(method: str, seed: int, accuracy: float) -> RunResult:
     return RunResult(method, seed, accuracy, samples=100, steps=10, seconds=2.0, scoring_seconds=0.5, rounds=())
 

@@ -20,6 +20,7 @@ COMMANDS = {
     "select": ("tools.select_subset", "Cut a selection from score tables and publish the round."),
     "rescore": ("tools.rescore", "Score and select when a new checkpoint appears, or once."),
     "status": ("tools.status", "What the store holds, and how old the newest round is."),
+    "plan": ("tools.plan", "What a schedule costs, and whether the proxy pays, before anything is trained."),
     "train": ("tools.train", "The reference training run: DynaMS, baselines and full data, with a table."),
 }
 

@@ -13,15 +13,20 @@ from typing import Annotated
 import typer
 from distributed import Client
 
+from dynams_stream.costs import count_flops
 from dynams_stream.errors import UsageError
+from dynams_stream.samples import SelectedSamples
+from dynams_stream.scorer import load_callable
 from dynams_stream.store import Store
 from pipeline.cluster import dask_client
 from pipeline.index_job import build_index
 from pipeline.shards import open_source, write_shards
 from tools.command import DebugOption, JsonOption, WorkersOption, progress_bar, run, say, show
+from tools.plan_report import compared, cost_text, costs_by_epoch, schedule_rows, schedule_text
 from tools.plot_margins import plot_margins, require_matplotlib
+from tools.plot_schedule import plot_schedule
 from tools.scoring_options import SchedulerOption
-from tools.training import RunResult, run_folder, train_run
+from tools.training import DecodeImage, RunResult, run_folder, train_run
 from tools.training_config import METHODS, RunConfig, read_config
 
 app = typer.Typer(add_completion=False)
@@ -53,13 +58,14 @@ def train(
     chosen = _chosen(read_config(config), method, seed, out)
     require_matplotlib()
     data, test = prepare_data(chosen)
+    planned = announce(chosen, data)
     with dask_client(scheduler=scheduler, workers=workers) as client:
         results = [
             _finished(chosen, name, number) or _run(chosen, name, number, data, test, client)
             for number in chosen.seeds
             for name in chosen.methods
         ]
-    plots = _plots(chosen, results)
+    plots = [planned, *_plots(chosen, results)]
     files = [chosen.out / "results.jsonl", *plots, chosen.out / "stores", chosen.out / "shards"]
     show(
         {"results": [asdict(result) for result in results], "files": [str(file) for file in files]},
@@ -106,6 +112,22 @@ def _prepare_split(config: RunConfig, split: str) -> Store:
         )  # fmt: skip
     build_index(store, urls)
     return store
+
+
+def announce(config: RunConfig, data: Store) -> Path:
+    """Tell what the schedule selects and what that costs, before anything is trained; the plot's path."""
+    schedule, samples = config.schedule(), data.dataset().samples
+    width, every = config.model.width, config.model.every
+    image, _ = DecodeImage(config)(SelectedSamples(data, round=None)[0])
+    model = load_callable(config.model.factory, "model.factory")(**config.model.args)
+    costs = count_flops(model, image.shape, width=width, head=config.model.head)
+    say(schedule_text(schedule, schedule_rows(schedule, samples)))
+    say("")
+    say(cost_text(compared(schedule, samples, costs, width=width, every=every), "FLOPs"))
+    say("")
+    path = config.out / "schedule.png"
+    plot_schedule(schedule, costs_by_epoch(schedule, samples, costs, width=width, every=every), "FLOPs", path)
+    return path
 
 
 def _run(config: RunConfig, method: str, seed: int, data: Store, test: Store, client: Client) -> RunResult:

@@ -15,7 +15,7 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from dynams_stream.proxy import ParameterSharingProxy
+from dynams_stream.proxy import ParameterSharingProxy, joint_loss
 from dynams_stream.schedule import Schedule
 from dynams_stream.scorer import ScorerSpec, load_callable
 from dynams_stream.store import Store
@@ -73,12 +73,17 @@ class Rounds:
         self._scored: int | None = None
 
     @property
-    def uses_proxy(self) -> bool:
-        """Whether the next round is scored by the proxy, which then has to be trained along."""
-        return self.method == "dynams" or (self.method == "static" and self._scored is None)
+    def has_proxy(self) -> bool:
+        """Whether this method has a proxy score its rounds."""
+        return self.method in ("dynams", "static") and self.config.selection.scorer == "proxy"
 
-    def begin(self, epoch: int, fraction: float, network: ParameterSharingProxy | None) -> None:
-        """Publish the round that starts with this epoch."""
+    def trains_proxy(self, epoch: int) -> bool:
+        """Whether the proxy is still trained along in `epoch`: until the last round that it scores has begun."""
+        later = self.config.schedule().rounds_follow(epoch)
+        return self.has_proxy and later and (self.method == "dynams" or self._scored is None)
+
+    def begin(self, epoch: int, fraction: float, network: nn.Module) -> None:
+        """Publish the round that starts with this epoch, scored by the network or by the proxy in it."""
         if self.method in ("random", "fresh-random"):
             seed = self.seed if self.method == "random" else self.seed * 100_000 + epoch
             made = select_round(self.store, fraction=fraction, strategy=f"random:{seed}", as_newest=True).round
@@ -103,7 +108,8 @@ def scorer_spec(config: RunConfig) -> ScorerSpec:
     """How rounds of this configuration are scored."""
     data, model = config.data, config.model
     return ScorerSpec(
-        model=model.factory, model_args=model.args, head=model.head, width=model.width,
+        model=model.factory, model_args=model.args, head=model.head,
+        width=model.width if config.selection.scorer == "proxy" else 1.0,
         input=data.input, label=data.label, transform=data.transform,
     )  # fmt: skip
 
@@ -128,7 +134,9 @@ def train_run(
     schedule = config.schedule() if method != "full" else None
     model = load_callable(config.model.factory, "model.factory")(**config.model.args)
     rounds = Rounds(config, method, seed, store, client)
-    network = ParameterSharingProxy(model, config.model.width, head=config.model.head) if rounds.uses_proxy else None
+    network: nn.Module = model
+    if rounds.has_proxy:
+        network = ParameterSharingProxy(model, config.model.width, head=config.model.head, every=config.model.every)
     dataset = SelectedDataset(store, batch_size=config.training.batch_size, seed=seed).map(DecodeImage(config))
     loader = DataLoader(
         dataset,
@@ -137,7 +145,7 @@ def train_run(
         persistent_workers=config.training.loader_workers > 0,
         multiprocessing_context="forkserver" if config.training.loader_workers > 0 else None,
     )
-    optimizer, learning_rate = _optimizer(config, schedule, store, network if network is not None else model)
+    optimizer, learning_rate = _optimizer(config, schedule, store, network)
     samples = steps = 0
     scoring = 0.0
     began = time.perf_counter()
@@ -146,10 +154,10 @@ def train_run(
             round_began = time.perf_counter()
             rounds.begin(epoch, schedule.fraction(epoch), network)
             scoring += time.perf_counter() - round_began
-            network = network if rounds.uses_proxy else None
+            network = network if rounds.trains_proxy(epoch) else model
         dataset.set_epoch(epoch, round=None if schedule is None else schedule.round(epoch))
         for images, labels in loader:
-            loss = _loss(network, model, images, labels)
+            loss = _loss(config, network(images), labels)
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
@@ -163,11 +171,10 @@ def train_run(
     )  # fmt: skip
 
 
-def _loss(network: ParameterSharingProxy | None, model: nn.Module, images: Tensor, labels: Tensor) -> Tensor:
-    if network is None:
-        return nn.functional.cross_entropy(model(images), labels)
-    logits, proxy_logits = network(images)
-    return nn.functional.cross_entropy(logits, labels) + nn.functional.cross_entropy(proxy_logits, labels)
+def _loss(config: RunConfig, outputs: Tensor | tuple[Tensor, Tensor | None], labels: Tensor) -> Tensor:
+    if isinstance(outputs, Tensor):
+        return nn.functional.cross_entropy(outputs, labels)
+    return joint_loss(nn.functional.cross_entropy, outputs, labels, proxy_weight=config.model.proxy_weight)
 
 
 def _optimizer(

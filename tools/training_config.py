@@ -38,12 +38,14 @@ class DataConfig(_Strict):
 
 
 class ModelConfig(_Strict):
-    """The network and the width of its proxy."""
+    """The network and its proxy: p, how often it takes part in a step, and λ."""
 
     factory: str
     args: dict[str, Any] = {}
     head: str | None = None
     width: float = pydantic.Field(0.5, gt=0, le=1)
+    every: int = pydantic.Field(1, ge=1)
+    proxy_weight: float = pydantic.Field(1.0, ge=0)
 
 
 class TrainingConfig(_Strict):
@@ -58,7 +60,7 @@ class TrainingConfig(_Strict):
 
 
 class SelectionConfig(_Strict):
-    """The schedule of fractions and the score that is selected on."""
+    """The schedule of fractions, the score that is selected on, and whether the proxy or the model computes it."""
 
     schedule: Literal["power", "linear", "cosine", "exponential", "constant", "step"] = "power"
     final: float | None = pydantic.Field(None, gt=0, le=1)
@@ -67,6 +69,7 @@ class SelectionConfig(_Strict):
     anneal: int = pydantic.Field(0, ge=0)
     interval: int = pydantic.Field(1, ge=1)
     strategy: str = "distance"
+    scorer: Literal["proxy", "model"] = "proxy"
 
 
 class RunConfig(_Strict):
