@@ -2,19 +2,28 @@
 
 from __future__ import annotations
 
+import logging
 import os
+from dataclasses import replace
+from typing import Any, Literal
 
 from distributed import Client
 from torch import nn
 
+from dynams_stream.errors import UsageError
+from dynams_stream.faithfulness import Faithfulness
 from dynams_stream.scorer import ScorerSpec
 from dynams_stream.selection import selected_count
 from dynams_stream.store import Round, Store
 from dynams_stream.strategy import Strategy
+from pipeline.cluster import dask_client
+from pipeline.compare_job import compare_with_model
 from pipeline.ranks import has_several_ranks, on_rank_zero
 from pipeline.score_job import Progress, score_round
 from pipeline.select_job import select_round
-from pipeline.weights import save_module
+from pipeline.weights import is_scored_by_proxy, save_module
+
+logger = logging.getLogger(__name__)
 
 
 def run_round(
@@ -32,6 +41,9 @@ def run_round(
     max_errors: int | None = None,
     progress: Progress | None = None,
     deadline: float = 6 * 3600,
+    check_samples: int = 2000,
+    least_overlap: float = 0.5,
+    fallback: Literal["full"] | None = None,
 ) -> Round:
     """Score the whole dataset with the current weights, select, and publish the round.
 
@@ -48,6 +60,10 @@ def run_round(
         max_errors: failed samples that are too many; by default 1 % of the dataset, at least 10.
         progress: called after every part.
         deadline: under `torch.distributed`, seconds the other ranks wait for rank 0.
+        check_samples: with a `ParameterSharingProxy` as weights, how many samples are scored by its model, too, to tell
+            how well the proxy stands in for it: `faithfulness` in `round.json`, and in the log. 0 for none.
+        least_overlap: of the two selections on those samples, below which the log warns.
+        fallback: "full" then scores everything with the model and selects by that.
 
     Under `torch.distributed` all ranks call it; rank 0 works, the others wait on the store, not in a collective.
 
@@ -58,17 +74,52 @@ def run_round(
 
     ranking = Strategy.parse(strategy)  # wrong arguments are refused before hours of scoring, not after
     selected_count(fraction, 0)
+    if fallback not in (None, "full"):
+        raise UsageError(f'fallback is {fallback!r}; "full" scores with the model, None does nothing')
+
+    job: dict[str, Any] = {
+        "epoch": epoch, "scheduler": scheduler, "workers": workers, "device": device, "max_errors": max_errors,
+        "progress": progress,
+    }  # fmt: skip
 
     def work() -> Round:
         if ranking.seed is not None:  # a random order needs no scores
             return select_round(store, fraction=fraction, strategy=strategy, workers=workers, as_newest=True).round
         checkpoint = save_module(store, scorer, weights, epoch)
-        scored = score_round(
-            store, scorer, checkpoint=checkpoint, epoch=epoch, client=client, scheduler=scheduler,
-            workers=workers, device=device, max_errors=max_errors, progress=progress,
-        )  # fmt: skip
+        if check_samples < 1 or not is_scored_by_proxy(scorer, weights):
+            scored, found = score_round(store, scorer, checkpoint=checkpoint, client=client, **job), None
+        else:
+            model = save_module(store, replace(scorer, width=1.0), weights, epoch)
+            with dask_client(client, scheduler=scheduler, workers=workers, device=device) as connected:
+                scored = score_round(store, scorer, checkpoint=checkpoint, client=connected, **job)
+                found = compare_with_model(
+                    store, scored, model, strategy=ranking, fraction=fraction, samples=check_samples,
+                    client=connected, device=device,
+                )  # fmt: skip
+                if has_drifted(found, least_overlap) and fallback == "full":
+                    full = replace(scorer, width=1.0)
+                    scored = score_round(store, full, checkpoint=model, client=connected, **job)
         return select_round(
-            store, fraction=fraction, strategy=strategy, scores_of=scored.number, workers=workers, as_newest=True
-        ).round
+            store, fraction=fraction, strategy=strategy, scores_of=scored.number, workers=workers, as_newest=True,
+            faithfulness=found,
+        ).round  # fmt: skip
 
     return on_rank_zero(store, work, deadline) if has_several_ranks() else work()
+
+
+def has_drifted(found: Faithfulness, least_overlap: float) -> bool:
+    """Whether a proxy selects too little of what its model would; tells the log either way."""
+    correlation = "undefined" if found.rank_correlation is None else f"{found.rank_correlation:.3f}"
+    overlap = found.overlap if found.overlap is not None else 1.0
+    text = (
+        f"the proxy selects {100 * overlap:.0f} % of what the model would (γ = {found.fraction:g}, rank correlation "
+        f"of the distances {correlation}, {found.samples} samples)"
+    )
+    if overlap >= least_overlap:
+        logger.info(text)
+        return False
+    logger.warning(
+        f"{text}; that is below {100 * least_overlap:.0f} %. Train the proxy in more steps (every), widen it, or score "
+        f'with the model: fallback="full"'
+    )
+    return True

@@ -68,13 +68,12 @@ def score_part(task: PartTask) -> Receipt:
         ModelError: when the network cannot be built or run.
         ScoringError: when lines and samples do not add up.
     """
-    torch.set_num_threads(_cores())
-    scorer = _scorer(task.spec, task.checkpoint, task.checkpoint_sha256, _device(task.device))
+    scorer = worker_scorer(task.spec, task.checkpoint, task.checkpoint_sha256, task.device)
     clock, table = Clock(), ScoreTable()
     batches = part_batches(task.store, task.part, task.urls, task.fingerprints, task.spec.batch_size)
     for batch in ordered_thread_map(_decode_threads())(Decoder(scorer, clock), batches):
         with clock.timed("forward"):
-            columns = _score_by_shape(scorer, batch)
+            columns = score_by_shape(scorer, batch)
         table.add(batch, columns)
     return _write(task, table, clock)
 
@@ -123,10 +122,15 @@ def _device(device: str) -> str:
 _building = threading.Lock()
 
 
-def _scorer(spec: ScorerSpec, checkpoint: str | None, sha256: str | None, device: str) -> Scorer:
-    """The scorer of this worker process, built once per checkpoint."""
+def worker_scorer(spec: ScorerSpec, checkpoint: str | None, sha256: str | None, device: str) -> Scorer:
+    """The scorer of this worker process, built once per checkpoint, with as many threads as the worker has cores.
+
+    Raises:
+        CheckpointError: when the checkpoint is not the one of that digest.
+    """
+    torch.set_num_threads(_cores())
     with _building:
-        return _cached_scorer(_Hashable(spec), checkpoint, sha256, device)
+        return _cached_scorer(_Hashable(spec), checkpoint, sha256, _device(device))
 
 
 class _Hashable:
@@ -152,7 +156,7 @@ def _cached_scorer(spec: _Hashable, checkpoint: str | None, sha256: str | None, 
     return Scorer(spec.spec, checkpoint, device)
 
 
-def _score_by_shape(scorer: Scorer, batch: Batch) -> dict[str, np.ndarray]:
+def score_by_shape(scorer: Scorer, batch: Batch) -> dict[str, np.ndarray]:
     """The batch's score columns, NaN where a sample failed; inputs of unequal shapes go through one shape at a time."""
     count = len(batch.rows)
     columns = {name: np.full(count, np.nan, dtype=np.float32) for name in schema.SCORE_COLUMNS}

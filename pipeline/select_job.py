@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from typing import Any
 
@@ -11,6 +11,7 @@ from dynams_stream import schema
 from dynams_stream.cut import CutResult, ScorePart, exact_cut
 from dynams_stream.dataset import Dataset
 from dynams_stream.errors import RoundNotFoundError, ScoresIncompleteError, SelectionError
+from dynams_stream.faithfulness import Faithfulness
 from dynams_stream.ordered_map import ordered_thread_map
 from dynams_stream.selection import selected_count
 from dynams_stream.store import Round, Store
@@ -37,6 +38,7 @@ def select_round(
     scores_of: int | None = None,
     workers: int | None = None,
     as_newest: bool = False,
+    faithfulness: Faithfulness | None = None,
 ) -> SelectResult:
     """Select the k smallest scores of the whole dataset and publish the round.
 
@@ -48,6 +50,7 @@ def select_round(
         workers: threads that read the tables.
         as_newest: take an earlier round that was cut in the same way only if it is the newest one, so that "latest"
             means this selection afterwards; a training script that is run again needs that.
+        faithfulness: how the proxy that scored compared with its model; recorded.
 
     Returns:
         The round. Scores that were cut with the same parameters already give the round that did it.
@@ -82,6 +85,7 @@ def select_round(
             f"margin, loss and el2n need labels: score with the right --label, or select on distance"
         )
     manifest = _manifest(store, dataset, number, scored, parts, result, started)
+    manifest["faithfulness"] = None if faithfulness is None else asdict(faithfulness)
     return SelectResult(store.publish(number, manifest), published=True)
 
 

@@ -27,7 +27,7 @@ def save_module(
     """
     if isinstance(weights, (str, os.PathLike)):
         return storage.absolute(weights)
-    module = build_network(spec, None) if weights is None else _unwrapped(weights)
+    module = build_network(spec, None) if weights is None else unwrapped(weights)
     with tempfile.TemporaryDirectory() as folder:
         path = str(Path(folder) / "weights.safetensors")
         if isinstance(module, ParameterSharingProxy):
@@ -51,7 +51,12 @@ def save_module(
     return url
 
 
-def _unwrapped(module: nn.Module) -> nn.Module:
+def is_scored_by_proxy(spec: ScorerSpec, weights: nn.Module | str | os.PathLike[str] | None) -> bool:
+    """Whether the weights are a proxy and its model, of which the proxy scores."""
+    return spec.width < 1 and isinstance(weights, nn.Module) and isinstance(unwrapped(weights), ParameterSharingProxy)
+
+
+def unwrapped(module: nn.Module) -> nn.Module:
     """The module inside DistributedDataParallel and torch.compile."""
     while True:
         if isinstance(module, nn.DataParallel | nn.parallel.DistributedDataParallel):
