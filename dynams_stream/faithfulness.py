@@ -63,11 +63,10 @@ def spearman(first: npt.NDArray[np.float32], second: npt.NDArray[np.float32]) ->
     ranks = [_mean_ranks(values) for values in (first, second)]
     if any(len(one) < 2 or one.min() == one.max() for one in ranks):
         return None
-    return float(np.clip(np.corrcoef(ranks)[0, 1], -1, 1))
+    return float(np.clip(np.asarray(np.corrcoef(ranks))[0, 1], -1, 1))
 
 
 def _mean_ranks(values: npt.NDArray[np.float32]) -> npt.NDArray[np.float64]:
     _, group, counts = np.unique(values, return_inverse=True, return_counts=True)
-    last = np.cumsum(counts)
-    of_group = np.asarray(last - (counts - 1) / 2, dtype=np.float64)
+    of_group: npt.NDArray[np.float64] = np.cumsum(counts, dtype=np.float64) - (counts.astype(np.float64) - 1) / 2
     return of_group[group]
