@@ -34,7 +34,10 @@ class RoundChoice(Protocol):
         """What `epoch` streams: a round's number, "latest", or None for everything."""
 
 
-class SelectionCallback(*(import_module(f"{name}.callbacks").Callback for name in _PACKAGES)):  # type: ignore[misc]
+CALLBACK_BASES = tuple(import_module(f"{name}.callbacks").Callback for name in _PACKAGES)
+
+
+class SelectionCallback(*CALLBACK_BASES):  # type: ignore[misc]
     """Calls `dataset.set_epoch` before each training epoch, and goes on with the next sample at `fit(ckpt_path=…)`.
 
     A checkpoint that was made in the middle of an epoch fits any number of devices and workers, and any batch size.

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from pipeline.dynamic_selection import DynamicSelection
     from pipeline.rounds import run_round
 
-__all__ = ["run_round"]
+_MODULES = {"DynamicSelection": "dynamic_selection", "run_round": "rounds"}
+
+__all__ = ["DynamicSelection", "run_round"]
 
 
 def __getattr__(name: str) -> Any:
     # Imported when used: the commands that need no Dask start at once.
-    if name != "run_round":
+    if name not in _MODULES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from pipeline.rounds import run_round
-
-    return run_round
+    return getattr(importlib.import_module(f"{__name__}.{_MODULES[name]}"), name)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 from dataclasses import replace
+from functools import partial
 from typing import Any, Literal
 
 from distributed import Client
@@ -21,7 +22,7 @@ from pipeline.compare_job import compare_with_model
 from pipeline.ranks import has_several_ranks, on_rank_zero
 from pipeline.score_job import Progress, score_round
 from pipeline.select_job import select_round
-from pipeline.weights import is_scored_by_proxy, save_module
+from pipeline.weights import SavedWeights, save_for_workers
 
 logger = logging.getLogger(__name__)
 
@@ -71,40 +72,73 @@ def run_round(
         DynamsError: of the step that failed; what was scored is kept, and the same call goes on from there.
     """
     store = store if isinstance(store, Store) else Store(store)
+    require_round(fraction, strategy, fallback)  # before hours of scoring, not after
 
-    ranking = Strategy.parse(strategy)  # wrong arguments are refused before hours of scoring, not after
+    def work() -> Round:
+        saved = None
+        if Strategy.parse(strategy).seed is None:  # a random order needs no scores
+            saved = save_for_workers(store, scorer, weights, epoch, with_model=check_samples > 0)
+        return make_round(
+            store, scorer, saved, fraction=fraction, strategy=strategy, epoch=epoch, client=client,
+            scheduler=scheduler, workers=workers, device=device, max_errors=max_errors, progress=progress,
+            check_samples=check_samples, least_overlap=least_overlap, fallback=fallback,
+        )  # fmt: skip
+
+    return on_rank_zero(store, work, deadline) if has_several_ranks() else work()
+
+
+def require_round(fraction: float | str, strategy: str, fallback: str | None) -> None:
+    """Check what a round is asked for.
+
+    Raises:
+        UsageError: the fraction, the strategy or the fallback is not one.
+    """
+    Strategy.parse(strategy)
     selected_count(fraction, 0)
     if fallback not in (None, "full"):
         raise UsageError(f'fallback is {fallback!r}; "full" scores with the model, None does nothing')
 
-    job: dict[str, Any] = {
-        "epoch": epoch, "scheduler": scheduler, "workers": workers, "device": device, "max_errors": max_errors,
-        "progress": progress,
-    }  # fmt: skip
 
-    def work() -> Round:
-        if ranking.seed is not None:  # a random order needs no scores
-            return select_round(store, fraction=fraction, strategy=strategy, workers=workers, as_newest=True).round
-        checkpoint = save_module(store, scorer, weights, epoch)
-        if check_samples < 1 or not is_scored_by_proxy(scorer, weights):
-            scored, found = score_round(store, scorer, checkpoint=checkpoint, client=client, **job), None
-        else:
-            model = save_module(store, replace(scorer, width=1.0), weights, epoch)
-            with dask_client(client, scheduler=scheduler, workers=workers, device=device) as connected:
-                scored = score_round(store, scorer, checkpoint=checkpoint, client=connected, **job)
-                found = compare_with_model(
-                    store, scored, model, strategy=ranking, fraction=fraction, samples=check_samples,
-                    client=connected, device=device,
-                )  # fmt: skip
-                if has_drifted(found, least_overlap) and fallback == "full":
-                    full = replace(scorer, width=1.0)
-                    scored = score_round(store, full, checkpoint=model, client=connected, **job)
-        return select_round(
-            store, fraction=fraction, strategy=strategy, scores_of=scored.number, workers=workers, as_newest=True,
-            faithfulness=found,
-        ).round  # fmt: skip
+def make_round(
+    store: Store,
+    scorer: ScorerSpec,
+    weights: SavedWeights | None,
+    *,
+    fraction: float | str,
+    strategy: str,
+    epoch: int | None,
+    client: Client | None,
+    scheduler: str | None,
+    workers: int | None,
+    device: str,
+    check_samples: int,
+    least_overlap: float,
+    fallback: str | None,
+    **job: Any,
+) -> Round:
+    """`run_round` in this process, with saved weights (None for a random order, which has no scores).
 
-    return on_rank_zero(store, work, deadline) if has_several_ranks() else work()
+    Further arguments are `score_round`'s.
+    """
+    select = partial(
+        select_round, store, fraction=fraction, strategy=strategy, workers=workers, as_newest=True
+    )  # fmt: skip
+    if weights is None:
+        return select().round
+    job |= {"epoch": epoch, "scheduler": scheduler, "workers": workers, "device": device}
+    if weights.model is None:
+        scored = score_round(store, scorer, checkpoint=weights.scorer, client=client, **job)
+        return select(scores_of=scored.number).round
+    with dask_client(client, scheduler=scheduler, workers=workers, device=device) as connected:
+        scored = score_round(store, scorer, checkpoint=weights.scorer, client=connected, **job)
+        found = compare_with_model(
+            store, scored, weights.model, strategy=Strategy.parse(strategy), fraction=fraction, samples=check_samples,
+            client=connected, device=device,
+        )  # fmt: skip
+        if has_drifted(found, least_overlap) and fallback == "full":
+            full = replace(scorer, width=1.0)
+            scored = score_round(store, full, checkpoint=weights.model, client=connected, **job)
+    return select(scores_of=scored.number, faithfulness=found).round
 
 
 def has_drifted(found: Faithfulness, least_overlap: float) -> bool:

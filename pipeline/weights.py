@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import tempfile
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from torch import nn
@@ -15,6 +16,35 @@ from dynams_stream.errors import ModelError
 from dynams_stream.proxy import ParameterSharingProxy
 from dynams_stream.scorer import ScorerSpec, build_network
 from dynams_stream.store import Store
+
+
+@dataclass(frozen=True)
+class SavedWeights:
+    """Weights that workers can read.
+
+    Attributes:
+        scorer: path of what scores.
+        model: path of its model, where a proxy scores and is to be compared with it.
+    """
+
+    scorer: str
+    model: str | None = None
+
+
+def save_for_workers(
+    store: Store,
+    spec: ScorerSpec,
+    weights: nn.Module | str | os.PathLike[str] | None,
+    epoch: int | None,
+    *,
+    with_model: bool,
+) -> SavedWeights:
+    """Save what scores, and the model beside its proxy `with_model`."""
+    scorer = save_module(store, spec, weights, epoch)
+    by_proxy = isinstance(weights, nn.Module) and isinstance(unwrapped(weights), ParameterSharingProxy)
+    if not (with_model and by_proxy and spec.width < 1):
+        return SavedWeights(scorer)
+    return SavedWeights(scorer, save_module(store, replace(spec, width=1.0), weights, epoch))
 
 
 def save_module(
@@ -49,11 +79,6 @@ def save_module(
     if not storage.exists(url):
         storage.write_bytes(url, data)
     return url
-
-
-def is_scored_by_proxy(spec: ScorerSpec, weights: nn.Module | str | os.PathLike[str] | None) -> bool:
-    """Whether the weights are a proxy and its model, of which the proxy scores."""
-    return spec.width < 1 and isinstance(weights, nn.Module) and isinstance(unwrapped(weights), ParameterSharingProxy)
 
 
 def unwrapped(module: nn.Module) -> nn.Module:

@@ -26,15 +26,20 @@ import pytest
 import stream_stores
 import torch
 import webdataset as wds
+from distributed import Client
 from PIL import Image
 from test_stream import expected_order, identity
 from torch.utils.data import DataLoader
 from torchdata.stateful_dataloader import StatefulDataLoader
 
+import toy_models
 from dynams_stream.errors import MissingExtraError, StateError, UsageError
-from dynams_stream.schedule import PowerSchedule
+from dynams_stream.proxy import ParameterSharingProxy, joint_loss
+from dynams_stream.schedule import LinearSchedule, PowerSchedule
+from dynams_stream.scorer import ScorerSpec
 from dynams_stream.store import Store
 from dynams_stream.stream import SelectedDataset
+from pipeline.dynamic_selection import DynamicSelection
 from pipeline.index_job import build_index
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -538,3 +543,70 @@ def test_without_lightning_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setitem(sys.modules, "pytorch_lightning", None)
     with pytest.raises(MissingExtraError, match=r"pip install 'dynams-stream\[lightning\]'"):
         importlib.import_module("dynams_stream.lightning")
+
+
+# ---- rounds in Lightning ---------------------------------------------------------------------------------------------
+
+
+@lightnings_warnings
+def test_lightning_makes_the_rounds_and_goes_on_in_the_middle_of_one(
+    digit_store: Store, tmp_path: Path, client: Client
+) -> None:
+    """Rounds come at epochs 1 and 2; a run that is cut in epoch 1 and resumed sees what the whole one does."""
+    from pipeline.lightning import selection_callbacks
+
+    parts = lightning()
+    spec = ScorerSpec(model="toy_models:small_cnn", input="png", label="cls", transform="toy_models:gray", width=0.5)
+
+    class Model(parts.pl.LightningModule):
+        def __init__(self, fails_at: tuple[int, int] | None) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            self.network = ParameterSharingProxy(toy_models.small_cnn(), width=0.5)
+            self.fails_at, self.seen = fails_at, []
+
+        def training_step(self, batch: Any, number: int) -> torch.Tensor:
+            if (self.current_epoch, number) == self.fails_at:
+                raise InterruptedError
+            images, labels, rows = batch
+            self.seen.append((self.current_epoch, rows.tolist()))
+            return joint_loss(torch.nn.functional.cross_entropy, self.network(images), labels)
+
+        def configure_optimizers(self) -> Any:
+            return torch.optim.SGD(self.parameters(), lr=0.01)
+
+    def run(store: Store, checkpoint: str | None, fails_at: tuple[int, int] | None) -> Any:
+        dataset = SelectedDataset(store, batch_size=100).map(image_label_row)
+        selection = DynamicSelection(
+            store, spec, LinearSchedule(3, warmup=1, final=0.2), client=client, least_overlap=0, check_samples=0
+        )
+        model = Model(fails_at)
+        trainer = parts.pl.Trainer(
+            accelerator="cpu", devices=1, max_epochs=3, logger=False, enable_progress_bar=False,
+            enable_model_summary=False, enable_checkpointing=False,
+            callbacks=[*selection_callbacks(selection, dataset, lambda module: module.network), Saver()],
+        )  # fmt: skip
+        with contextlib.suppress(InterruptedError):
+            trainer.fit(model, DataLoader(dataset, batch_size=100), ckpt_path=checkpoint)
+        return model.seen
+
+    class Saver(parts.pl.Callback):
+        def on_exception(self, trainer: Any, model: Any, _: BaseException) -> None:
+            trainer.save_checkpoint(str(tmp_path / "cut.ckpt"))
+
+    whole = run(digit_store, None, None)
+    counts = [sum(len(rows) for epoch, rows in whole if epoch == number) for number in range(3)]
+    assert counts == [1437, 863, 288]
+    assert [one.epoch for one in digit_store.rounds()] == [1, 2]
+    twin = Store(tmp_path / "twin")
+    build_index(twin, digit_store.dataset().urls)
+    before = run(twin, None, (1, 4))
+    assert before == whole[: len(before)]
+    after = run(twin, str(tmp_path / "cut.ckpt"), None)
+    assert before + after == whole, "no round was made twice, no sample repeated or lost"
+    assert len(twin.rounds()) == 2
+
+
+def image_label_row(sample: dict[str, Any]) -> tuple[torch.Tensor, int, int]:
+    with Image.open(io.BytesIO(sample["png"])) as image:
+        return toy_models.gray(image), int(sample["cls"]), 1000 * int(sample["__url__"][-10:-4]) + sample["__row__"]
