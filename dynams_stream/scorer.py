@@ -21,10 +21,11 @@ from torch import Tensor, nn
 
 from dynams_stream.checkpoint import load_weights
 from dynams_stream.errors import HeadError, ModelError, SampleError, UsageError
+from dynams_stream.fusing import fuse_convolutions
 from dynams_stream.proxy import find_head, slim_architecture
 from dynams_stream.scores import BoundaryNorms, ScoreBatch, score_batch
 
-SCORES_VERSION = 1
+SCORES_VERSION = 2
 """Raised when the same model and samples would get other scores; part of a score table's identity."""
 
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp", "bmp", "ppm", "pgm", "tif", "tiff", "gif")
@@ -149,7 +150,9 @@ class Scorer:
     def __init__(self, spec: ScorerSpec, checkpoint: str | None, device: str = "cpu"):
         self.spec = spec
         self.device = torch.device(device)
-        self.network = build_network(spec, checkpoint).to(self.device)
+        network = build_network(spec, checkpoint)
+        fuse_convolutions(network)
+        self.network = network.to(self.device)
         self.transform = default_transform if spec.transform is None else load_callable(spec.transform, "--transform")
         self.inputs = tuple((spec.input or "").split(";"))
         self.label_extension, _, self.label_field = (spec.label or "").partition(":")
