@@ -42,6 +42,7 @@ bench: install
 	$(BIN)/python benchmarks/order.py
 	$(BIN)/python benchmarks/indexing.py
 	$(BIN)/python benchmarks/decoding.py
+	$(BIN)/python benchmarks/proxy.py --models small_cnn resnet18
 
 # Everything: some hours, 20 GB of disk.
 bench-full: bench-peers
@@ -54,6 +55,8 @@ bench-full: bench-peers
 	$(BIN)/python benchmarks/order.py --train runs/bench/order
 	$(BIN)/python benchmarks/indexing.py
 	$(BIN)/python benchmarks/decoding.py
+	$(BIN)/python benchmarks/proxy.py
+	$(BIN)/python benchmarks/teacher_student.py
 
 # The peers need packages that this project must not: an environment of their own, which shares ours for the rest.
 bench-peers: install
