@@ -140,6 +140,7 @@ def test_a_configuration_file_gives_defaults_and_flags_win(tmp_path: Path) -> No
     assert "no such file" in dynams("select", "--config", tmp_path / "none.toml", code=2).stderr
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("how", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_a_clean_stop_keeps_what_is_done(tmp_path: Path, checkpoint: Path, how: signal.Signals, code: int) -> None:
     store = tmp_path / "s"

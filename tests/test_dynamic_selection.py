@@ -224,6 +224,7 @@ dist.destroy_process_group()
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("background", [False, True])
 def test_ranks_take_up_the_same_rounds_and_keep_the_same_after_a_failure(
     digit_store: Store, tmp_path: Path, background: bool

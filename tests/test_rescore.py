@@ -76,6 +76,7 @@ def test_folders_without_checkpoints(tmp_path: Path) -> None:
         checkpoints(str(tmp_path / "none"))
 
 
+@pytest.mark.slow
 def test_a_running_loader_takes_up_what_the_watcher_publishes(digit_store: Store, tmp_path: Path) -> None:
     folder = tmp_path / "ckpt"
     folder.mkdir()

@@ -301,6 +301,7 @@ def test_copies_of_shards_with_one_base_name_are_refused(tmp_path: Path, digit_s
         Store(tmp_path / "store", shards_at=tmp_path / "a").dataset()
 
 
+@pytest.mark.slow
 def test_a_killed_job_goes_on_and_ends_with_the_same_tables(
     digit_store: Store, digit_shards: list[str], tmp_path: Path, checkpoint: str, client: Client
 ) -> None:
