@@ -92,7 +92,7 @@ def measure(name: str, width: float, turns: int) -> dict[str, float]:
     def ratio(of: Callable[[dict[str, float]], float]) -> float:
         return statistics.median(of({kind: times[i] for kind, times in taken.items()}) for i in range(turns))
 
-    costs = count_flops(factory(), shape, width=width)
+    costs = count_flops(factory(), shape, [width])[width]
     return {
         "model, ms": 1000 * statistics.median(taken["model"]),
         "joint / model": ratio(lambda one: one["joint"] / one["model"]),

@@ -26,7 +26,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from dynams_stream.errors import UsageError
-from dynams_stream.proxy import ParameterSharingProxy
+from dynams_stream.proxy import ParameterSharingProxy, slim_architecture
 from dynams_stream.schedule import Schedule
 from dynams_stream.selection import selected_count
 
@@ -79,14 +79,19 @@ class RunCost:
         return self.training + self.proxy_training + self.scoring + self.reading
 
 
-def count_flops(model: nn.Module, shape: Sequence[int], *, width: float, head: str | None = None) -> StepCosts:
+def count_flops(
+    model: nn.Module, shape: Sequence[int], widths: Sequence[float], *, head: str | None = None
+) -> dict[float, StepCosts]:
     """The FLOPs of one sample, counted by torch's own `FlopCounterMode` (convolutions and matrix products).
 
     Args:
         model: the full-width model; it is copied, not changed.
         shape: of one input, such as (3, 224, 224).
-        width: p of the proxy; 1 for none.
+        widths: of the proxies to count; 1 for none.
         head: as for `ParameterSharingProxy`.
+
+    Returns:
+        The costs by width.
 
     Raises:
         UsageError: the model cannot take inputs of this shape.
@@ -94,10 +99,14 @@ def count_flops(model: nn.Module, shape: Sequence[int], *, width: float, head: s
     """
     inputs = torch.zeros(SMALLEST_BATCH, *shape)
     forward, training = _flops(copy.deepcopy(model), inputs)
-    if width == 1:
-        return StepCosts(forward, training, forward, 0.0)
-    proxy_forward, proxy_training = _flops(ParameterSharingProxy(copy.deepcopy(model), width, head=head).slim(), inputs)
-    return StepCosts(forward, training, proxy_forward, proxy_training)
+    costs = {}
+    for width in widths:
+        if width == 1:
+            costs[width] = StepCosts(forward, training, forward, 0.0)
+        else:
+            slim = _flops(slim_architecture(model, width, head), inputs)
+            costs[width] = StepCosts(forward, training, *slim)
+    return costs
 
 
 def _flops(network: nn.Module, inputs: Tensor) -> tuple[float, float]:

@@ -290,8 +290,10 @@ class _Follower:
         """Plan a parameter that is combined with a tensor, dimension by dimension from the last."""
         at = value.axis - (value.rank - len(weight.shape))
         kept: list[Blocks | None] = [None] * len(weight.shape)
-        if value.flattened:
-            raise ChannelsLostError(f"it combines {value}, flattened, with a parameter")
+        if value.flattened or len(weight.shape) > value.rank:
+            raise ChannelsLostError(
+                f"it combines {value} in {value.rank} dimensions with a parameter of {weight.shape}"
+            )
         if at >= 0 and weight.shape[at] != 1:
             if weight.shape[at] != value.full:
                 raise ChannelsLostError(f"it combines {value} with a parameter of shape {weight.shape}")

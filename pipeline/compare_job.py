@@ -17,6 +17,7 @@ from distributed import Client
 from dynams_stream import schema, storage
 from dynams_stream.checkpoint import checkpoint_digest
 from dynams_stream.dataset import Dataset, Part
+from dynams_stream.errors import DynamsError, ScoringError
 from dynams_stream.faithfulness import Columns, Faithfulness, compare_scorers
 from dynams_stream.index import read_part_index
 from dynams_stream.scorer import ScorerSpec
@@ -68,13 +69,25 @@ def compare_with_model(
         samples: how many rows; always the same ones of the same dataset.
         client: where to score: one task.
         device: "cpu" or "cuda".
+
+    Raises:
+        ScoringError: when the model cannot score; what the proxy scored is kept.
     """
     dataset = store.dataset()
     chosen = sample_rows(dataset, samples)
     spec, digest = replace(scored.spec, width=1.0), checkpoint_digest(checkpoint)
     task = client.submit(score_rows, store, chosen, spec, checkpoint, digest, device, pure=False)
     proxy = _read_scores(store, scored.number, chosen)
-    return compare_scorers(proxy, task.result(), strategy=strategy, fraction=fraction)
+    try:
+        model = task.result()
+    except DynamsError:
+        raise
+    except Exception as error:  # whatever ends a worker: it was sized for the proxy, perhaps
+        raise ScoringError(
+            f"the model could not score {samples} samples beside its proxy: {type(error).__name__}: {error}; give the "
+            f"workers memory for it, or leave the comparison out with check_samples=0"
+        ) from error
+    return compare_scorers(proxy, model, strategy=strategy, fraction=fraction)
 
 
 def sample_rows(dataset: Dataset, samples: int) -> list[PartRows]:

@@ -12,6 +12,8 @@ import inspect
 import logging
 import os
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -32,6 +34,8 @@ from pipeline.weights import save_for_workers
 logger = logging.getLogger(__name__)
 
 STATE_VERSION = 1
+_PERMANENT = (UsageError, ModelError)
+"""Errors of arguments and models, which the next round would meet again."""
 _OPTIONS = {
     name: parameter.default
     for name, parameter in inspect.signature(run_round).parameters.items()
@@ -59,7 +63,8 @@ class DynamicSelection:
         failures: messages of the rounds that failed, oldest first.
 
     Under `torch.distributed` every rank makes one and calls it alike. Rank 0 works; the others wait for it at
-    `begin_epoch`, no longer than `deadline` seconds.
+    `begin_epoch`, no longer than `deadline` seconds. (Rank 0 cuts a background round that comes late anew while the
+    others wait in a collective.)
 
     Raises:
         UsageError: an option that `run_round` does not know, or a wrong value.
@@ -114,7 +119,8 @@ class DynamicSelection:
             elif self.schedule.starts_round(epoch) or self._is_late(epoch):
                 self._take_up(epoch, weights)
             if self._background:
-                self._begin_early(epoch, weights)
+                with self._kept_on_failure(epoch):
+                    self._begin_early(epoch, weights)
             self._begun = epoch
         if self._dataset is not None:
             self._dataset.set_epoch(epoch, round=self._round)
@@ -134,7 +140,7 @@ class DynamicSelection:
 
     def _take_up(self, epoch: int, weights: nn.Module | str | os.PathLike[str] | None) -> None:
         fraction = self.schedule.fraction(epoch)
-        try:
+        with self._kept_on_failure(epoch):
             if _from_rank_zero(self._pending is not None):
                 self._round = self._from_background(fraction)
             else:
@@ -142,18 +148,21 @@ class DynamicSelection:
                     self._store, self._scorer, fraction=fraction, weights=weights, epoch=epoch, **self._options
                 )
                 self._round = made.number
-        except (UsageError, ModelError):
+
+    @contextmanager
+    def _kept_on_failure(self, epoch: int) -> Iterator[None]:
+        """Let a failed round leave the last selection in place; what cannot mend itself is raised."""
+        try:
+            yield
+        except _PERMANENT:
             raise
         except Exception as error:
             if self._on_failure == "raise":
                 raise
-            self._keep(epoch, error)
-
-    def _keep(self, epoch: int, error: Exception) -> None:
-        what = "everything" if self._round is None else f"round {self._round}"
-        message = f"epoch {epoch}: the round failed; training goes on with {what}. {type(error).__name__}: {error}"
-        self.failures.append(message)
-        logger.error(message)
+            what = "everything" if self._round is None else f"round {self._round}"
+            message = f"epoch {epoch}: the round failed; training goes on with {what}. {type(error).__name__}: {error}"
+            self.failures.append(message)
+            logger.error(message)
 
     # ---- in the background -------------------------------------------------------------------------------------------
 
@@ -185,11 +194,13 @@ class DynamicSelection:
                     answer["round"] = self._cut(pending.result(), fraction)
                 except Exception as error:  # noqa: BLE001 - told to all ranks, and raised below
                     answer["error"] = f"{type(error).__name__}: {error}"
+                    answer["permanent"] = isinstance(error, _PERMANENT)
             else:
                 logger.warning(f"the round of epoch {self._pending.epoch} is not ready; it is taken up when it is")
         answer = _from_rank_zero(answer)
         if "error" in answer:
-            raise ScoringError(f"the background round failed: {answer['error']}")
+            kind = ModelError if answer["permanent"] else ScoringError
+            raise kind(f"the background round failed: {answer['error']}")
         return answer["round"]  # type: ignore[no-any-return]
 
     def _cut(self, made: Round, fraction: float) -> int:

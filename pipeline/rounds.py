@@ -120,9 +120,7 @@ def make_round(
 
     Further arguments are `score_round`'s.
     """
-    select = partial(
-        select_round, store, fraction=fraction, strategy=strategy, workers=workers, as_newest=True
-    )  # fmt: skip
+    select = partial(select_round, store, fraction=fraction, strategy=strategy, workers=workers, as_newest=True)
     if weights is None:
         return select().round
     job |= {"epoch": epoch, "scheduler": scheduler, "workers": workers, "device": device}
@@ -142,14 +140,22 @@ def make_round(
 
 
 def has_drifted(found: Faithfulness, least_overlap: float) -> bool:
-    """Whether a proxy selects too little of what its model would; tells the log either way."""
+    """Whether a proxy selects too little of what its model would; tells the log either way.
+
+    Where nothing can be said (no sample that both could score, a selection of none) that is told, and is no drift.
+    """
+    if found.overlap is None:
+        logger.warning(
+            f"the proxy could not be compared with its model: {found.samples} samples have scores of both, "
+            f"γ = {found.fraction:g}"
+        )
+        return False
     correlation = "undefined" if found.rank_correlation is None else f"{found.rank_correlation:.3f}"
-    overlap = found.overlap if found.overlap is not None else 1.0
     text = (
-        f"the proxy selects {100 * overlap:.0f} % of what the model would (γ = {found.fraction:g}, rank correlation "
-        f"of the distances {correlation}, {found.samples} samples)"
+        f"the proxy selects {100 * found.overlap:.0f} % of what the model would (γ = {found.fraction:g}, rank "
+        f"correlation of the distances {correlation}, {found.samples} samples)"
     )
-    if overlap >= least_overlap:
+    if found.overlap >= least_overlap:
         logger.info(text)
         return False
     logger.warning(

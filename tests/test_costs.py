@@ -35,7 +35,7 @@ def test_flops_of_a_small_network_by_hand() -> None:
     first = 2 * 8 * (1 * 9) * (8 * 8)
     second = 2 * 16 * (8 * 9) * (4 * 4)
     head = 2 * 16 * 10
-    costs = count_flops(toy_models.small_cnn(width=8), (1, 8, 8), width=0.5)
+    costs = count_flops(toy_models.small_cnn(width=8), (1, 8, 8), [0.5])[0.5]
     assert costs.forward == first + second + head
     assert costs.training == 2 * first + 3 * (second + head)
     assert costs.proxy_forward == first / 2 + second / 4 + head / 2
@@ -56,13 +56,13 @@ def test_attention_is_counted_whatever_kernel_computes_it() -> None:
 
     tokens = 16
     products = 2 * tokens * (3 * 8 + 8 * 24 + 8 * 8) + 2 * (2 * tokens * tokens * 8) + 2 * 8 * 5
-    assert count_flops(Attending(), (3, 4, 4), width=1).forward == products
+    assert count_flops(Attending(), (3, 4, 4), [1])[1].forward == products
 
 
 def test_the_model_is_left_alone() -> None:
     model = toy_models.small_cnn().eval()
     before = copy.deepcopy(model.state_dict())
-    count_flops(model, (1, 8, 8), width=0.5)
+    count_flops(model, (1, 8, 8), [0.5])
     measure_seconds(model, torch.zeros(2, 1, 8, 8), width=0.5, turns=1)
     assert not model.training
     assert all(parameter.grad is None for parameter in model.parameters())
@@ -71,7 +71,7 @@ def test_the_model_is_left_alone() -> None:
 
 def test_a_shape_that_does_not_fit_is_named() -> None:
     with pytest.raises(UsageError, match=r"shape \(3, 8, 8\)"):
-        count_flops(toy_models.small_cnn(), (3, 8, 8), width=1)
+        count_flops(toy_models.small_cnn(), (3, 8, 8), [1])
 
 
 def test_measured_seconds_are_medians_of_one_sample(monkeypatch: pytest.MonkeyPatch) -> None:

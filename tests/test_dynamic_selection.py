@@ -16,7 +16,7 @@ from distributed import Client
 
 import toy_models
 from dynams_stream import LinearSchedule, ParameterSharingProxy, ScorerSpec, SelectedDataset, Store
-from dynams_stream.errors import ModelError, ScoringError, StateError, UsageError
+from dynams_stream.errors import HeadError, ModelError, ScoringError, StateError, UsageError
 from dynams_stream.selection import selected_count
 from pipeline import DynamicSelection, dynamic_selection
 
@@ -171,6 +171,43 @@ def test_what_cannot_mend_itself_is_raised_even_so(digit_store: Store, client: C
     ]:
         with pytest.raises(UsageError, match=message):
             DynamicSelection(digit_store, SLIM, SCHEDULE, **wrong)  # type: ignore[arg-type]
+
+
+def test_in_the_background_too_only_what_cannot_mend_itself_is_raised(
+    digit_store: Store, network: ParameterSharingProxy, client: Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    schedule = LinearSchedule(4, warmup=1, final=0.2)
+
+    def failing(error: Exception) -> DynamicSelection:
+        def fail(*arguments: Any, **options: Any) -> Any:
+            raise error
+
+        monkeypatch.setattr(dynamic_selection, "make_round", fail)
+        selection = DynamicSelection(digit_store, SLIM, schedule, client=client, background=True)
+        selection.begin_epoch(0, network)
+        selection.wait()
+        return selection
+
+    with pytest.raises(ModelError, match="HeadError: no head"):
+        failing(HeadError("no head")).begin_epoch(1, network)
+    keeping = failing(OSError("disk full"))
+    assert keeping.begin_epoch(1, network) is None
+    assert "disk full" in keeping.failures[0]
+
+
+def test_weights_that_cannot_be_saved_early_do_not_end_the_run(
+    digit_store: Store, network: ParameterSharingProxy, client: Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*arguments: Any, **options: Any) -> Any:
+        raise OSError("no space left")
+
+    monkeypatch.setattr(dynamic_selection, "save_for_workers", full)
+    schedule = LinearSchedule(3, warmup=1, final=0.2)
+    selection = DynamicSelection(digit_store, SLIM, schedule, client=client, background=True, least_overlap=0)
+    assert selection.begin_epoch(0, network) is None
+    assert "no space left" in selection.failures[0]
+    monkeypatch.undo()
+    assert selection.begin_epoch(1, network) == 1, "made when it is due, since none was begun early"
 
 
 def test_a_run_that_goes_on_makes_no_round_twice(

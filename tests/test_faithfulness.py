@@ -16,12 +16,13 @@ from stream_stores import make_store
 
 import toy_models
 from dynams_stream import ParameterSharingProxy, ScorerSpec, Store
-from dynams_stream.errors import UsageError
+from dynams_stream.errors import ScoringError, UsageError
 from dynams_stream.faithfulness import compare_scorers, spearman
 from dynams_stream.store import Round
 from dynams_stream.strategy import Strategy
-from pipeline import run_round
+from pipeline import compare_job, run_round
 from pipeline.compare_job import sample_rows
+from pipeline.rounds import has_drifted
 
 SLIM = ScorerSpec(model="toy_models:small_cnn", input="png", label="cls", transform="toy_models:gray", width=0.5)
 DISTANCE = Strategy.parse("distance")
@@ -151,6 +152,25 @@ def test_a_proxy_that_has_drifted_warns_and_the_model_takes_over_when_told(
     itself = run_round(digit_store, full, weights=network.model, fraction=0.2, client=client)
     assert itself.manifest["selection"]["sha256"] == taken.manifest["selection"]["sha256"]
     assert run_round(digit_store, SLIM, check_samples=0, **arguments).manifest["faithfulness"] is None
+
+
+def test_nothing_to_compare_is_said_and_is_no_drift(caplog: pytest.LogCaptureFixture) -> None:
+    nan = columns([float("nan")] * 3)
+    found = compare_scorers(nan, columns([1, 2, 3]), strategy=DISTANCE, fraction=0.5)
+    assert (found.samples, found.overlap, found.rank_correlation) == (0, None, None)
+    assert not has_drifted(found, 0.9)
+    assert "could not be compared with its model: 0 samples" in caplog.text
+
+
+def test_a_model_that_cannot_score_its_sample_says_how_to_do_without(
+    digit_store: Store, network: ParameterSharingProxy, client: Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(compare_job, "score_rows", toy_models.out_of_memory)
+    with pytest.raises(ScoringError, match=r"MemoryError.*check_samples=0"):
+        run_round(digit_store, SLIM, weights=network, fraction=0.2, client=client)
+    assert not digit_store.rounds()
+    made = run_round(digit_store, SLIM, weights=network, fraction=0.2, client=client, check_samples=0)
+    assert made.number == 1, "what the proxy had scored was kept"
 
 
 def test_another_fallback_is_refused(digit_store: Store, network: ParameterSharingProxy) -> None:

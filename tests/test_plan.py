@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 
 import toy_models
 from dynams_stream.costs import count_flops, selected_cost
-from dynams_stream.errors import UsageError
+from dynams_stream.errors import UnsupportedLayerError, UsageError
 from dynams_stream.schedule import PowerSchedule
 from dynams_stream.store import Store
 from tools.plan import app, read_points
@@ -32,7 +32,7 @@ def plan(*arguments: str) -> Any:
 def test_the_table_is_what_the_library_computes() -> None:
     found = plan(*RUN, "--width", "0.25", "--every", "4", "--interval", "2", "--json")
     schedule = PowerSchedule(12, warmup=2, final=0.1, interval=2)
-    costs = count_flops(toy_models.small_cnn(), (1, 8, 8), width=0.25)
+    costs = count_flops(toy_models.small_cnn(), (1, 8, 8), [0.25])[0.25]
     full, proxy, itself = found["costs"]["FLOPs"]
     assert full["total"] == 12_000 * costs.training
     for row, scorer, every in ((proxy, "proxy", 4), (itself, "model", 1)):
@@ -93,6 +93,15 @@ def test_the_plot_is_a_picture(tmp_path: Path) -> None:
     with Image.open(path) as image:
         assert image.size[0] > 500
         assert len(image.convert("RGB").getcolors(1 << 20)) > 10
+
+
+def test_a_model_that_cannot_be_slimmed_is_planned_without_a_proxy() -> None:
+    model = ["--model", "torchvision.models:shufflenet_v2_x0_5", *RUN[2:-1], "3,64,64"]
+    found = plan(*model, "--width", "1", "--json")
+    assert [row["name"] for row in found["costs"]["FLOPs"]] == ["full data", "DynaMS, scored by the model"]
+    assert found["proxy_settings"] == []
+    with pytest.raises(UnsupportedLayerError, match="InvertedResidual"):
+        plan(*model)
 
 
 @pytest.mark.parametrize(

@@ -746,6 +746,17 @@ class OwnParameter(nn.Module):
         return x * self.function(self.gamma)
 
 
+class Scaled(nn.Module):
+    """A parameter that is multiplied with what comes."""
+
+    def __init__(self, shape: tuple[int, ...]) -> None:
+        super().__init__()
+        self.gamma = nn.Parameter(torch.ones(shape))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.gamma
+
+
 class MixedGroups(nn.Module):
     """Two times 6 channels in groups of 4: the middle group has some of both."""
 
@@ -805,6 +816,8 @@ def pooled(*layers: nn.Module) -> nn.Module:
 @pytest.mark.parametrize(
     ("model", "message"),
     [
+        (nn.Sequential(nn.Linear(6, 8), Scaled((1, 1, 8)), nn.Linear(8, 5)), r"1 \(Scaled\): mul\(\).*in 2 dimensions"),
+        (pooled(Scaled((4, 1, 1))), r"1 \(Scaled\): mul\(\).*parameter of shape \(4, 1, 1\)"),
         (MixedGroups(), r"grouped \(Conv2d\).*groups of 4 channels mix"),
         (pooled(nn.ConvTranspose2d(8, 8, 3)), r"1 \(ConvTranspose2d\).*no rule"),
         (pooled(nn.ChannelShuffle(2)), r"1 \(ChannelShuffle\).*no rule"),

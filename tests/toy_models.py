@@ -79,3 +79,8 @@ def mended_later(image: Image.Image) -> Tensor:
     if not os.path.exists(os.environ["DYNAMS_TEST_MARKER"]):
         raise ValueError("not mended yet")
     return gray(image)
+
+
+def out_of_memory(*arguments: object) -> None:
+    """A worker's task that fails as one does whose model is too large."""
+    raise MemoryError("cannot allocate")

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import json as json_module
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
 import torch
 import typer
-from torch import Tensor
+from torch import Tensor, nn
 
-from dynams_stream.costs import count_flops, measure_seconds
-from dynams_stream.errors import UsageError
+from dynams_stream.costs import StepCosts, count_flops, measure_seconds
+from dynams_stream.errors import HeadError, UnsupportedLayerError, UsageError
 from dynams_stream.power_law import fit_power_law
 from dynams_stream.samples import SelectedSamples
 from dynams_stream.schedule import SCHEDULES, Schedule
@@ -107,23 +108,12 @@ def plan(
     law = None if points is None else fit_power_law(*read_points(points))
     number, inputs, reading = _data(store, samples, shape, spec, measure)
     network = build_network(spec, None).requires_grad_(True)
-    counted = {p: count_flops(network, inputs.shape, width=p, head=head) for p in sorted({*WIDTHS, width} - {1.0})}
-    costs = {"FLOPs": counted.get(width) or count_flops(network, inputs.shape, width=1)}
+    counted = _count(network, inputs, width, head)
+    costs = {"FLOPs": counted[width]}
     if measure:
         batch = inputs.expand(batch_size, *inputs.shape).contiguous().to(device)
         costs["seconds"] = measure_seconds(network, batch, width=width, head=head, reading=reading)
-    rows = {unit: compared(chosen, number, one, width=width, every=every) for unit, one in costs.items()}
-    settings = proxy_settings(chosen, number, counted, EVERY)
-    result: dict[str, Any] = {
-        "samples": number,
-        "mean_fraction": chosen.mean_fraction(),
-        "rounds": schedule_rows(chosen, number),
-        "costs": rows,
-        "proxy_settings": settings,
-    }
-    parts = [schedule_text(chosen, result["rounds"])]
-    parts += [cost_text(of_unit, unit) for unit, of_unit in rows.items()]
-    parts += [verdict_text(rows[unit], settings if unit == "FLOPs" else [], unit, interval) for unit in rows]
+    result, parts = _compare(chosen, number, costs, counted, width=width, every=every)
     if law is not None:
         fractions = sorted({*FRACTIONS, round(chosen.mean_fraction(), 3)}, reverse=True)
         result["expected_errors"] = expected_errors(law, fractions, number)
@@ -136,6 +126,44 @@ def plan(
     if not measure:
         say("FLOPs leave out reading and decoding, which decide on many pipelines; --measure counts seconds")
     show(result, "\n\n".join(parts), json)
+
+
+def _count(network: nn.Module, inputs: Tensor, width: float, head: str | None) -> dict[float, StepCosts]:
+    """FLOPs by width: of the one that was asked for, and of those that it is compared with."""
+    if width != 1:
+        return count_flops(network, inputs.shape, sorted({*WIDTHS, width}), head=head)
+    try:
+        return count_flops(network, inputs.shape, [*WIDTHS, 1.0], head=head)
+    except (UnsupportedLayerError, HeadError) as error:
+        say(f"no proxy to compare with: {error}")
+        return count_flops(network, inputs.shape, [1.0])
+
+
+def _compare(
+    schedule: Schedule,
+    samples: int,
+    costs: Mapping[str, StepCosts],
+    counted: Mapping[float, StepCosts],
+    *,
+    width: float,
+    every: int,
+) -> tuple[dict[str, Any], list[str]]:
+    """The result and its text: the schedule, what it costs in each unit, and which proxy is cheapest."""
+    rows = {unit: compared(schedule, samples, one, width=width, every=every) for unit, one in costs.items()}
+    proxies = {p: one for p, one in counted.items() if p != 1}
+    result: dict[str, Any] = {
+        "samples": samples,
+        "mean_fraction": schedule.mean_fraction(),
+        "rounds": schedule_rows(schedule, samples),
+        "costs": rows,
+        "proxy_settings": proxy_settings(schedule, samples, proxies, EVERY),
+    }
+    parts = [schedule_text(schedule, result["rounds"])]
+    parts += [cost_text(of_unit, unit) for unit, of_unit in rows.items()]
+    for unit, of_unit in rows.items():
+        settings = result["proxy_settings"] if unit == "FLOPs" else []
+        parts.append(verdict_text(of_unit, settings, unit, schedule.interval))
+    return result, parts
 
 
 def _schedule(name: str, **arguments: Any) -> Schedule:

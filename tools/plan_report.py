@@ -36,7 +36,7 @@ def compared(schedule: Schedule, samples: int, costs: StepCosts, *, width: float
     full = full_cost(schedule.epochs, samples, costs)
     rows = [_row("full data", full, full)]
     if width != 1:
-        name = f"DynaMS, proxy {width:g}" + (f", each {every} steps" if every > 1 else "")
+        name = f"DynaMS, proxy {width:g}" + (f", {_each(every)}" if every > 1 else "")
         cost = selected_cost(schedule, samples, costs, scorer="proxy", every=every)
         rows.append(_row(name, cost, full) | _break_even(costs, schedule, "proxy", every))
     cost = selected_cost(schedule, samples, costs, scorer="model")
@@ -146,8 +146,8 @@ def verdict_text(rows: Rows, settings: Rows, unit: str, interval: int) -> str:
     if settings:
         best = settings[0]
         lines.append(
-            f"The cheapest proxy by FLOPs has width {best['width']:g} and takes part in each {best['every']} steps: "
-            f"{100 * best['of_full']:.0f} % of full data. Narrow and seldom trained ones choose worse: docs/method.md."
+            f"The cheapest by FLOPs has width {best['width']:g}, trained {_each(best['every'])}: "
+            f"{100 * best['of_full']:.0f} % of full data. What it selects is another question."
         )
     return "\n".join(lines)
 
@@ -163,6 +163,10 @@ def errors_text(law: PowerLaw, rows: Rows) -> str:
         expected = f"{100 * row['error']:.2f} %  ({100 * low:.2f} … {100 * high:.2f})"
         lines.append(f"{row['fraction']:>9.4g} {row['samples']:>13,} {expected:>46}")
     return "\n".join(lines)
+
+
+def _each(every: int) -> str:
+    return "in every step" if every == 1 else f"in 1 of {every} steps"
 
 
 def _amount(value: float, unit: str) -> str:

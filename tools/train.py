@@ -120,7 +120,7 @@ def announce(config: RunConfig, data: Store) -> Path:
     width, every = config.model.width, config.model.every
     image, _ = DecodeImage(config)(SelectedSamples(data, round=None)[0])
     model = load_callable(config.model.factory, "model.factory")(**config.model.args)
-    costs = count_flops(model, image.shape, width=width, head=config.model.head)
+    costs = count_flops(model, image.shape, [width], head=config.model.head)[width]
     say(schedule_text(schedule, schedule_rows(schedule, samples)))
     say("")
     say(cost_text(compared(schedule, samples, costs, width=width, every=every), "FLOPs"))
