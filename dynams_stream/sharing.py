@@ -18,6 +18,10 @@ from dynams_stream.slim_layers import Kept, LayerPlan
 
 def kept_part(tensor: Tensor, kept: Kept) -> Tensor:
     """The leading entries of each block of a tensor's dimensions: a view, unless several blocks are put together."""
+    if all(blocks is None or len(blocks) == 1 for blocks in kept):
+        # One view instead of one for each dimension: its backward pass pads the gradient once.
+        sizes = [size if blocks is None else blocks[0][1] for size, blocks in zip(tensor.shape, kept, strict=False)]
+        return tensor.as_strided((*sizes, *tensor.shape[len(kept) :]), tensor.stride())
     for dim, blocks in enumerate(kept):
         if blocks is None or all(full == slim for full, slim in blocks):
             continue
