@@ -13,7 +13,7 @@ the selection part by part. It holds two histograms and a few parts' results; a 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from decimal import Decimal
 from functools import partial
@@ -22,11 +22,14 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from dynams_stream.class_cut import ClassCut, find_class_cut, positions_by_class
+from dynams_stream.class_quotas import ClassQuotas
 from dynams_stream.cut_part import (
     BINS,
-    Candidates,
+    MOST_CLASSES,
     Counts,
     Histogram,
+    PartSelection,
     ScorePart,
     candidates,
     count_labels,
@@ -42,9 +45,6 @@ from dynams_stream.strategy import Strategy
 
 __all__ = ["CutResult", "ScorePart", "exact_cut"]
 
-MOST_CLASSES = 100_000
-"""With more distinct labels than this, they are no classes and are not counted."""
-
 
 @dataclass(frozen=True)
 class CutResult:
@@ -54,10 +54,12 @@ class CutResult:
         fraction: the fraction asked for, as written.
         strategy: canonical text of the strategy.
         threshold: the largest selected score, the k-th smallest; may be infinite. None when nothing is selected.
-        ties: how many samples have exactly the threshold's score; 0 when nothing is selected.
+        ties: how many samples have exactly the threshold's score; 0 when nothing is selected. With quotas, of the
+            samples that no quota has taken, those that tie at the score up to which they are selected.
         ties_taken: how many of them are selected: the first by (shard, row).
         samples: all samples.
         scored: samples with a score that can be ranked: neither null nor NaN.
+        excluded: of them, those that were excluded beforehand.
         selected: selected samples.
         per_class: for each label, how many samples have it ("all") and how many of them are selected ("selected").
             Empty without labels, for a random order, and with more than `MOST_CLASSES` labels.
@@ -71,6 +73,7 @@ class CutResult:
     ties_taken: int
     samples: int
     scored: int
+    excluded: int
     selected: int
     per_class: Mapping[int, Mapping[str, int]]
     selection: Mapping[str, str]
@@ -121,44 +124,49 @@ def exact_cut(
     fraction: float | str | Decimal,
     strategy: Strategy,
     destination: str,
+    quotas: ClassQuotas | None = None,
     ordered_map: OrderedMap = map,
 ) -> CutResult:
     """Select the k samples with the smallest (score, shard, row) and write `selection.parquet`.
 
-    k = min(⌈fraction · all samples⌉, scored samples). The bytes written depend on the scores alone, not on how
-    `ordered_map` runs the tasks.
+    k = min(⌈fraction · all samples⌉, scored samples that are not excluded). The bytes written depend on the scores
+    alone, not on how `ordered_map` runs the tasks.
 
     Args:
         parts: all parts of the dataset, in order.
         fraction: from 0 to 1, taken as the decimal it is written as.
         strategy: what to rank by.
         destination: path or URL of the selection to write; it appears whole or not at all.
+        quotas: what each class gives in any case, its smallest scores; the k is the same.
         ordered_map: like `map`; it is given picklable functions of one part and must keep the parts' order. Lazy, it
             keeps memory flat.
 
     Raises:
-        UsageError: unless the fraction is in [0, 1].
+        UsageError: unless the fraction is in [0, 1]; quotas that k or the strategy does not allow.
         ScoresIncompleteError: a score table is missing or has too few or too many lines.
         StoreError: a score table is unreadable, holds other samples, or changed while it was cut.
     """
     samples = sum(part.samples for part in parts)
     wanted = selected_count(fraction, samples)
     _require_consecutive(parts)
-    threshold = _find_threshold(parts, strategy, wanted, ordered_map)
+    if quotas:
+        by_class = find_class_cut(parts, strategy, wanted, quotas, ordered_map)
+        threshold = _largest_threshold(by_class)
+        pieces = positions_by_class(parts, strategy, by_class, ordered_map)
+    else:
+        threshold = _find_threshold(parts, strategy, wanted, ordered_map)
+        pieces = _positions(parts, strategy, threshold, ordered_map)
     classes = _ClassCounts()
     with selection_writer(destination) as writer:
-        left = threshold.ties_taken
-        task = partial(candidates, strategy=strategy, threshold=threshold.key, quota=threshold.ties_taken)
-        for part, found in zip(parts, ordered_map(task, parts), strict=True):
-            taken = min(left, len(found.ties))
-            writer.append(*_rows_by_shard(part, np.delete(found.positions, found.ties[taken:])))
-            classes.add(found, taken)
-            left -= taken
+        for part, found in zip(parts, pieces, strict=True):
+            writer.append(*_rows_by_shard(part, found.positions))
+            classes.add(found)
         if writer.total != threshold.selected:
             raise StoreError(
                 f"{destination}: found {writer.total} of {threshold.selected} samples again; "
                 f"score tables changed while they were cut: select again once nothing writes to them"
             )
+    excluded = sum(0 if part.excluded is None else len(part.excluded) for part in parts)
     return CutResult(
         fraction=str(fraction),
         strategy=str(strategy),
@@ -166,10 +174,38 @@ def exact_cut(
         ties=threshold.ties,
         ties_taken=threshold.ties_taken,
         samples=samples,
-        scored=threshold.scored,
+        scored=threshold.scored + excluded,
+        excluded=excluded,
         selected=threshold.selected,
         per_class=classes.result(),
         selection=writer.for_manifest(),
+    )
+
+
+def _positions(
+    parts: Sequence[ScorePart], strategy: Strategy, threshold: _Threshold, ordered_map: OrderedMap
+) -> Iterator[PartSelection]:
+    """Pass 3: what is selected of each part; ties at the threshold go to the first by (shard, row)."""
+    left = threshold.ties_taken
+    task = partial(candidates, strategy=strategy, threshold=threshold.key, quota=threshold.ties_taken)
+    for found in ordered_map(task, parts):
+        taken = min(left, len(found.ties))
+        left -= taken
+        yield PartSelection(
+            np.delete(found.positions, found.ties[taken:]),
+            found.all_labels,
+            (found.below_labels, count_labels(found.tie_labels[:taken])),
+        )
+
+
+def _largest_threshold(cut: ClassCut) -> _Threshold:
+    """The largest selected score and, where classes compete for it, its ties."""
+    return _Threshold(
+        selected=cut.selected,
+        scored=cut.scored,
+        key=max(int(cut.thresholds.keys.max(initial=-1)), cut.thresholds.common),
+        ties=cut.common_ties,
+        ties_taken=cut.common_ties_taken,
     )
 
 
@@ -237,12 +273,12 @@ class _ClassCounts:
         self._counts: dict[int, dict[str, int]] = {}
         self._too_many = False
 
-    def add(self, found: Candidates, ties_taken: int) -> None:
+    def add(self, found: PartSelection) -> None:
         if self._too_many:
             return
         self._add("all", *found.all_labels)
-        self._add("selected", *found.below_labels)
-        self._add("selected", *count_labels(found.tie_labels[:ties_taken]))
+        for labels in found.selected_labels:
+            self._add("selected", *labels)
         if len(self._counts) > MOST_CLASSES:
             self._too_many = True
             self._counts.clear()

@@ -22,6 +22,9 @@ NOT_SCORED = np.uint32(0xFFFFFFFF)
 BINS = 1 << 16
 """Bins of a histogram over one half of the keys' bits."""
 
+MOST_CLASSES = 100_000
+"""With more distinct labels than this, they are no classes, and are neither counted nor balanced."""
+
 _SIGN = np.uint32(0x80000000)
 _INFINITY = np.uint32(0x7F800000)
 Keys = npt.NDArray[np.uint32]
@@ -38,12 +41,14 @@ class ScorePart:
         number: number of the part.
         first_shard: number of its first shard.
         counts: int64, shape (shards of the part,): samples in each of its shards.
+        excluded: uint32, ascending positions in the part that must not be selected; None for none.
     """
 
     url: str | None
     number: int
     first_shard: int
     counts: Counts
+    excluded: npt.NDArray[np.uint32] | None = None
 
     @property
     def samples(self) -> int:
@@ -101,7 +106,8 @@ def _rows_of(counts: Counts) -> Counts:
 
 # ---- tasks -----------------------------------------------------------------------------------------------------------
 
-_NO_LABEL = -(2**40)  # outside int32
+NO_LABEL = -(2**40)
+"""Stands for a missing label: outside int32."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -120,7 +126,7 @@ class Candidates:
     Attributes:
         positions: uint32, ascending places in the part.
         ties: uint32, which of `positions` are ties.
-        tie_labels: the label of each tie, or `_NO_LABEL`.
+        tie_labels: the label of each tie, or `NO_LABEL`.
         all_labels: distinct labels of the part, and how often each occurs.
         below_labels: the same for the samples below the threshold.
     """
@@ -132,14 +138,30 @@ class Candidates:
     below_labels: tuple[Counts, Counts]
 
 
+@dataclass(frozen=True, eq=False)
+class PartSelection:
+    """What is selected of one part.
+
+    Attributes:
+        positions: uint32, ascending places in the part.
+        all_labels: distinct labels of the part, and how often each occurs.
+        selected_labels: the same for what is selected, in one or several counts.
+    """
+
+    positions: npt.NDArray[np.uint32]
+    all_labels: tuple[Counts, Counts]
+    selected_labels: tuple[tuple[Counts, Counts], ...]
+
+
 def high_histogram(part: ScorePart, strategy: Strategy) -> Histogram:
     """Pass 1: how many keys have each value of the high 16 bits. Checks the part's lines as well."""
     if strategy.seed is not None:
-        keys = random_keys(strategy.seed, part.first_shard, part.counts)
-        return _compact(np.bincount(keys >> np.uint32(16), minlength=BINS), len(keys))
+        keys = _part_keys(part, strategy)
+        excluded = 0 if part.excluded is None else len(part.excluded)
+        return _compact(np.bincount(keys >> np.uint32(16), minlength=BINS), len(keys) - excluded)
     table = _read(part, (*strategy.columns, "shard", "row"))
     _require_lines(part, table)
-    keys = _table_keys(table, strategy)
+    keys = _table_keys(part, table, strategy)
     scored = int(np.count_nonzero(keys != NOT_SCORED))  # the others fill the last bin, behind any that is looked for
     return _compact(np.bincount(keys >> np.uint32(16), minlength=BINS), scored)
 
@@ -163,7 +185,7 @@ def candidates(part: ScorePart, strategy: Strategy, threshold: int, quota: int) 
         keys = _part_keys(part, strategy)
     else:
         table = _read(part, (*strategy.columns, "label"))
-        keys = _table_keys(table, strategy)
+        keys = _table_keys(part, table, strategy)
         labels = _labels(table["label"])
     below = keys < threshold
     tied = np.flatnonzero(keys == threshold)[:quota]
@@ -173,25 +195,25 @@ def candidates(part: ScorePart, strategy: Strategy, threshold: int, quota: int) 
     return Candidates(
         positions=positions.astype(np.uint32),
         ties=np.searchsorted(positions, tied).astype(np.uint32),
-        tie_labels=labels[tied] if len(labels) else np.full(len(tied), _NO_LABEL, dtype=np.int64),
+        tie_labels=labels[tied] if len(labels) else np.full(len(tied), NO_LABEL, dtype=np.int64),
         all_labels=count_labels(labels),
         below_labels=count_labels(labels[below] if len(labels) else labels),
     )
 
 
 def _labels(column: pa.ChunkedArray) -> _Labels:
-    """The label of each line, or `_NO_LABEL`; empty when no line has one."""
+    """The label of each line, or `NO_LABEL`; empty when no line has one."""
     if column.null_count == len(column):
         return np.empty(0, dtype=np.int64)
     if column.null_count == 0:
         return column.to_numpy()  # type: ignore[no-any-return]
-    return column.cast(pa.int64()).fill_null(_NO_LABEL).to_numpy()  # type: ignore[no-any-return]
+    return column.cast(pa.int64()).fill_null(NO_LABEL).to_numpy()  # type: ignore[no-any-return]
 
 
 def count_labels(labels: _Labels) -> tuple[Counts, Counts]:
-    """Distinct labels, ascending, and how often each occurs; `_NO_LABEL` is left out."""
-    if len(labels) and labels.min() == _NO_LABEL:
-        labels = labels[labels != _NO_LABEL]
+    """Distinct labels, ascending, and how often each occurs; `NO_LABEL` is left out."""
+    if len(labels) and labels.min() == NO_LABEL:
+        labels = labels[labels != NO_LABEL]
     if len(labels) and labels.min() >= 0 and labels.max() < BINS * 16:
         histogram = np.bincount(labels)  # linear, where `unique` sorts
         values = np.flatnonzero(histogram)
@@ -201,13 +223,30 @@ def count_labels(labels: _Labels) -> tuple[Counts, Counts]:
 
 
 def _part_keys(part: ScorePart, strategy: Strategy) -> Keys:
-    if strategy.seed is not None:
-        return random_keys(strategy.seed, part.first_shard, part.counts)
-    return _table_keys(_read(part, strategy.columns), strategy)
+    if strategy.seed is None:
+        return _table_keys(part, _read(part, strategy.columns), strategy)
+    keys = random_keys(strategy.seed, part.first_shard, part.counts)
+    if part.excluded is not None:
+        np.minimum(keys, NOT_SCORED - np.uint32(1), out=keys)  # an order that no sample shares with the excluded ones
+        keys[part.excluded] = NOT_SCORED
+    return keys
 
 
-def _table_keys(table: pa.Table, strategy: Strategy) -> Keys:
-    return score_keys(strategy.evaluate({name: table[name].to_numpy() for name in strategy.columns}))
+def labelled_keys(part: ScorePart, strategy: Strategy, *, check_lines: bool = False) -> tuple[Keys, Counts]:
+    """Key and label (or `NO_LABEL`) of each sample, by an expression; `check_lines` checks which samples they are."""
+    places = ("shard", "row") if check_lines else ()
+    table = _read(part, (*strategy.columns, "label", *places))
+    if check_lines:
+        _require_lines(part, table)
+    labels = table["label"].cast(pa.int64()).fill_null(NO_LABEL).to_numpy()
+    return _table_keys(part, table, strategy), labels
+
+
+def _table_keys(part: ScorePart, table: pa.Table, strategy: Strategy) -> Keys:
+    keys = score_keys(strategy.evaluate({name: table[name].to_numpy() for name in strategy.columns}))
+    if part.excluded is not None:
+        keys[part.excluded] = NOT_SCORED
+    return keys
 
 
 def _read(part: ScorePart, columns: Sequence[str]) -> pa.Table:
