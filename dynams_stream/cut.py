@@ -159,7 +159,7 @@ def exact_cut(
     classes = _ClassCounts()
     with selection_writer(destination) as writer:
         for part, found in zip(parts, pieces, strict=True):
-            writer.append(*_rows_by_shard(part, found.positions))
+            writer.append(*rows_by_shard(part.counts, found.positions))
             classes.add(found)
         if writer.total != threshold.selected:
             raise StoreError(
@@ -252,11 +252,16 @@ def _kth_bin(histogram: Counts, k: int) -> tuple[int, int]:
     return place, int(cumulative[place] - histogram[place])
 
 
-def _rows_by_shard(part: ScorePart, positions: npt.NDArray[np.uint32]) -> tuple[Counts, npt.NDArray[np.uint32]]:
-    """How many of a part's ascending positions fall into each shard, and the row of each."""
-    ends = np.cumsum(part.counts)
+def rows_by_shard(shards: Counts, positions: npt.NDArray[np.uint32]) -> tuple[Counts, npt.NDArray[np.uint32]]:
+    """How many of a part's ascending positions fall into each shard, and the row of each.
+
+    Args:
+        shards: int64, samples in each shard of the part.
+        positions: uint32, counted through the part.
+    """
+    ends = np.cumsum(shards)
     counts = np.diff(np.searchsorted(positions, ends), prepend=0).astype(np.int64)
-    rows = positions - np.repeat(ends - part.counts, counts)
+    rows = positions - np.repeat(ends - shards, counts)
     return counts, rows.astype(np.uint32)
 
 

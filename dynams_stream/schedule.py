@@ -93,10 +93,18 @@ class Schedule(ABC):
         """Whether a round has to be scored and selected before `epoch`."""
         return self._selects(epoch) and (epoch - self.warmup) % self.interval == 0
 
-    def rounds_follow(self, epoch: int) -> bool:
-        """Whether a round begins after `epoch`: until then the proxy has to be trained along."""
+    def rounds_follow(self, epoch: int, within: int | None = None) -> bool:
+        """Whether a round begins after `epoch`: until the last one has begun, the proxy has to be trained along.
+
+        Args:
+            epoch: from 0 on.
+            within: only rounds that begin at most so many epochs later count.
+        """
         self._selects(epoch)
-        return epoch < self.warmup + (self.rounds - 1) * self.interval
+        last = self.warmup + (self.rounds - 1) * self.interval
+        if within is None:
+            return epoch < last
+        return any(self.starts_round(later) for later in range(epoch + 1, min(epoch + within, last) + 1))
 
     def round(self, epoch: int) -> Literal["latest"] | None:
         """What `epoch` streams: None (everything) in warm-up and anneal, else the newest round."""

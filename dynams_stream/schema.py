@@ -160,6 +160,11 @@ def selection_path(number: int) -> str:
     return f"{round_path(number)}/selection.parquet"
 
 
+def excluded_path(number: int) -> str:
+    """The rows that were excluded before the cut of round `number`, in the form of a selection."""
+    return f"{round_path(number)}/excluded.parquet"
+
+
 def manifest_path(number: int) -> str:
     """Path of the manifest whose appearance publishes round `number`."""
     return f"{round_path(number)}/round.json"

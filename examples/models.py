@@ -30,11 +30,16 @@ def small_cnn(channels: int = 1, classes: int = 10, width: int = 32, stride: int
 
 def grayscale(image: Image.Image) -> Tensor:
     """One channel, float32, (1, height, width), about zero mean and unit variance for digits on black."""
-    pixels = np.asarray(image.convert("L"), dtype=np.float32)
-    return torch.from_numpy(pixels).unsqueeze(0).sub_(33.0).div_(79.0)
+    return _gray(image, mean=33.0, deviation=79.0)
 
 
 def digits_input(image: Image.Image) -> Tensor:
     """One channel, float32, (1, height, width), about zero mean and unit variance for scikit-learn's digits."""
-    pixels = np.asarray(image.convert("L"), dtype=np.float32)
-    return torch.from_numpy(pixels).unsqueeze(0).sub_(78.0).div_(96.0)
+    return _gray(image, mean=78.0, deviation=96.0)
+
+
+def _gray(image: Image.Image, mean: float, deviation: float) -> Tensor:
+    pixels = np.asarray(image if image.mode == "L" else image.convert("L")).astype(np.float32)
+    pixels -= mean
+    pixels /= deviation
+    return torch.from_numpy(pixels[np.newaxis])

@@ -36,6 +36,7 @@ logger = logging.getLogger(__name__)
 STATE_VERSION = 1
 _PERMANENT = (UsageError, ModelError)
 """Errors of arguments and models, which the next round would meet again."""
+_GUARDS = ("class_balance", "min_per_class", "exclude_noisy", "most_disagreement")
 _OPTIONS = {
     name: parameter.default
     for name, parameter in inspect.signature(run_round).parameters.items()
@@ -95,7 +96,11 @@ class DynamicSelection:
         self._begun: int | None = None
         self._round: int | None = None
         self._pending: _Background | None = None
-        require_round(schedule.last_fraction, self._options["strategy"], self._options["fallback"])
+        require_round(schedule.last_fraction, self._options["strategy"], self._options["fallback"], self._guards)
+
+    @property
+    def _guards(self) -> dict[str, Any]:
+        return {name: self._options[name] for name in _GUARDS}
 
     # ---- epochs ------------------------------------------------------------------------------------------------------
 
@@ -173,14 +178,17 @@ class DynamicSelection:
         if self._pending is not None:
             logger.warning(f"epoch {epoch}: the round of epoch {self._pending.epoch} is not ready; no other is begun")
             return
-        options = {name: value for name, value in self._options.items() if name != "deadline"}
+        options = {name: value for name, value in self._options.items() if name not in ("deadline", *_GUARDS)}
         saved = None
         if Strategy.parse(options["strategy"]).seed is None:
             checked = options["check_samples"] > 0
             saved = save_for_workers(self._store, self._scorer, weights, epoch, with_model=checked)
-        fraction = self.schedule.fraction(due)
+        fraction, guards = self.schedule.fraction(due), self._guards
         self._pending = _Background(
-            due, lambda: make_round(self._store, self._scorer, saved, fraction=fraction, epoch=epoch, **options)
+            due,
+            lambda: make_round(
+                self._store, self._scorer, saved, fraction=fraction, epoch=epoch, guards=guards, **options
+            ),
         )
 
     def _from_background(self, fraction: float) -> int | None:
@@ -207,8 +215,10 @@ class DynamicSelection:
         if made.fraction == fraction:
             return made.number
         scores = made.manifest["scores_of"] or made.number
-        options = {"strategy": self._options["strategy"], "workers": self._options["workers"]}
-        return select_round(self._store, fraction=fraction, scores_of=scores, as_newest=True, **options).round.number
+        return select_round(
+            self._store, fraction=fraction, scores_of=scores, as_newest=True, strategy=self._options["strategy"],
+            workers=self._options["workers"], **self._guards,
+        ).round.number  # fmt: skip
 
     def wait(self, timeout: float | None = None) -> bool:
         """Wait for the round that is under way in the background; whether there is none, or it is ready.

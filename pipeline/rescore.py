@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,12 +29,20 @@ class Rescored:
 
 
 def rescore(
-    store: Store, scorer: ScorerSpec, checkpoint: str, *, fraction: float | str, strategy: str = "distance", **job: Any
+    store: Store,
+    scorer: ScorerSpec,
+    checkpoint: str,
+    *,
+    fraction: float | str,
+    strategy: str = "distance",
+    guards: Mapping[str, Any] | None = None,
+    **job: Any,
 ) -> Rescored:
     """Score and select with one checkpoint; a checkpoint that has its round already gives that one.
 
     Args:
         store, scorer, checkpoint, fraction, strategy: as for `pipeline.run_round`.
+        guards: class_balance, min_per_class, exclude_noisy and most_disagreement of `select_round`.
         job: further arguments of `pipeline.score_job.score_round`: scheduler, workers, device, progress, …
     """
     selected_count(fraction, 0)  # wrong arguments are refused before the scoring, not after
@@ -43,8 +51,9 @@ def rescore(
     path = storage.absolute(checkpoint)
     scored = score_round(store, scorer, checkpoint=path, **job)
     result = select_round(
-        store, fraction=fraction, strategy=strategy, scores_of=scored.number, workers=job.get("workers")
-    )
+        store, fraction=fraction, strategy=strategy, scores_of=scored.number, workers=job.get("workers"),
+        **(guards or {}),
+    )  # fmt: skip
     return Rescored(path, result.round, result.published)
 
 

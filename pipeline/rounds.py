@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
 from typing import Any, Literal
@@ -11,6 +12,7 @@ from typing import Any, Literal
 from distributed import Client
 from torch import nn
 
+from dynams_stream.class_quotas import ClassQuotas
 from dynams_stream.errors import UsageError
 from dynams_stream.faithfulness import Faithfulness
 from dynams_stream.scorer import ScorerSpec
@@ -21,7 +23,7 @@ from pipeline.cluster import dask_client
 from pipeline.compare_job import compare_with_model
 from pipeline.ranks import has_several_ranks, on_rank_zero
 from pipeline.score_job import Progress, score_round
-from pipeline.select_job import select_round
+from pipeline.select_job import MOST_DISAGREEMENT, require_options, select_round
 from pipeline.weights import SavedWeights, save_for_workers
 
 logger = logging.getLogger(__name__)
@@ -42,6 +44,10 @@ def run_round(
     max_errors: int | None = None,
     progress: Progress | None = None,
     deadline: float = 6 * 3600,
+    class_balance: bool = False,
+    min_per_class: int = 0,
+    exclude_noisy: bool = False,
+    most_disagreement: float = MOST_DISAGREEMENT,
     check_samples: int = 2000,
     least_overlap: float = 0.5,
     fallback: Literal["full"] | None = None,
@@ -61,6 +67,8 @@ def run_round(
         max_errors: failed samples that are too many; by default 1 % of the dataset, at least 10.
         progress: called after every part.
         deadline: under `torch.distributed`, seconds the other ranks wait for rank 0.
+        class_balance, min_per_class, exclude_noisy, most_disagreement: what becomes of classes and of suspected label
+            errors; see `pipeline.select_job.select_round`.
         check_samples: with a `ParameterSharingProxy` as weights, how many samples are scored by its model, too, to tell
             how well the proxy stands in for it: `faithfulness` in `round.json`, and in the log. 0 for none.
         least_overlap: of the two selections on those samples, below which the log warns.
@@ -72,7 +80,13 @@ def run_round(
         DynamsError: of the step that failed; what was scored is kept, and the same call goes on from there.
     """
     store = store if isinstance(store, Store) else Store(store)
-    require_round(fraction, strategy, fallback)  # before hours of scoring, not after
+    guards = {
+        "class_balance": class_balance,
+        "min_per_class": min_per_class,
+        "exclude_noisy": exclude_noisy,
+        "most_disagreement": most_disagreement,
+    }
+    require_round(fraction, strategy, fallback, guards)  # before hours of scoring, not after
 
     def work() -> Round:
         saved = None
@@ -81,19 +95,24 @@ def run_round(
         return make_round(
             store, scorer, saved, fraction=fraction, strategy=strategy, epoch=epoch, client=client,
             scheduler=scheduler, workers=workers, device=device, max_errors=max_errors, progress=progress,
-            check_samples=check_samples, least_overlap=least_overlap, fallback=fallback,
+            check_samples=check_samples, least_overlap=least_overlap, fallback=fallback, guards=guards,
         )  # fmt: skip
 
     return on_rank_zero(store, work, deadline) if has_several_ranks() else work()
 
 
-def require_round(fraction: float | str, strategy: str, fallback: str | None) -> None:
+def require_round(fraction: float | str, strategy: str, fallback: str | None, guards: Mapping[str, Any]) -> None:
     """Check what a round is asked for.
 
+    Args:
+        guards: class_balance, min_per_class, exclude_noisy and most_disagreement.
+
     Raises:
-        UsageError: the fraction, the strategy or the fallback is not one.
+        UsageError: the fraction, the strategy, the quotas of classes or the fallback is not one.
+        MissingExtraError: cleanlab is needed and missing.
     """
-    Strategy.parse(strategy)
+    quotas = ClassQuotas(guards["class_balance"], guards["min_per_class"])
+    require_options(Strategy.parse(strategy), quotas, guards["exclude_noisy"])
     selected_count(fraction, 0)
     if fallback not in (None, "full"):
         raise UsageError(f'fallback is {fallback!r}; "full" scores with the model, None does nothing')
@@ -114,13 +133,16 @@ def make_round(
     check_samples: int,
     least_overlap: float,
     fallback: str | None,
+    guards: Mapping[str, Any],
     **job: Any,
 ) -> Round:
     """`run_round` in this process, with saved weights (None for a random order, which has no scores).
 
-    Further arguments are `score_round`'s.
+    `guards` are `select_round`'s, further arguments `score_round`'s.
     """
-    select = partial(select_round, store, fraction=fraction, strategy=strategy, workers=workers, as_newest=True)
+    select = partial(
+        select_round, store, fraction=fraction, strategy=strategy, workers=workers, as_newest=True, **guards
+    )
     if weights is None:
         return select().round
     job |= {"epoch": epoch, "scheduler": scheduler, "workers": workers, "device": device}

@@ -2,24 +2,36 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
+
 from dynams_stream import schema
-from dynams_stream.cut import CutResult, ScorePart, exact_cut
+from dynams_stream.class_quotas import ClassQuotas
+from dynams_stream.cut import CutResult, ScorePart, exact_cut, rows_by_shard
 from dynams_stream.dataset import Dataset
-from dynams_stream.errors import RoundNotFoundError, ScoresIncompleteError, SelectionError
+from dynams_stream.errors import RoundNotFoundError, ScoresIncompleteError, SelectionError, UsageError
 from dynams_stream.faithfulness import Faithfulness
 from dynams_stream.ordered_map import ordered_thread_map
 from dynams_stream.selection import selected_count
+from dynams_stream.selection_file import selection_writer
 from dynams_stream.store import Round, Store
 from dynams_stream.strategy import Strategy
 from dynams_stream.version import library_version
 from pipeline.cores import available_cores
+from pipeline.guards import examine_selection
+from pipeline.label_errors import require_cleanlab, score_history, suspected_label_errors
 from pipeline.pending import FinishedPart, finished_parts, newest_scores
 from pipeline.receipt import total_seconds
+
+MOST_DISAGREEMENT = 0.25
+"""Share of contradicted labels in a selection above which is warned."""
+
+Excluded = npt.NDArray[np.uint32]
 
 
 @dataclass(frozen=True)
@@ -38,6 +50,10 @@ def select_round(
     scores_of: int | None = None,
     workers: int | None = None,
     as_newest: bool = False,
+    class_balance: bool = False,
+    min_per_class: int = 0,
+    exclude_noisy: bool = False,
+    most_disagreement: float = MOST_DISAGREEMENT,
     faithfulness: Faithfulness | None = None,
 ) -> SelectResult:
     """Select the k smallest scores of the whole dataset and publish the round.
@@ -50,33 +66,43 @@ def select_round(
         workers: threads that read the tables.
         as_newest: take an earlier round that was cut in the same way only if it is the newest one, so that "latest"
             means this selection afterwards; a training script that is run again needs that.
+        class_balance: each class gives the same share of its samples.
+        min_per_class: each class gives at least so many of its smallest scores.
+        exclude_noisy: leave out samples whose label is suspected to be wrong (`pipeline.label_errors` has the rule),
+            judged by the newest score tables up to those that are cut; `excluded.parquet` of the round lists them.
+        most_disagreement: warn when more than this share of the selection has a label that the scorer contradicts.
         faithfulness: how the proxy that scored compared with its model; recorded.
 
     Returns:
         The round. Scores that were cut with the same parameters already give the round that did it.
 
     Raises:
-        UsageError: for a fraction outside [0, 1].
+        UsageError: for a fraction outside [0, 1], or quotas of classes that cannot be.
+        MissingExtraError: cleanlab is needed and missing.
         ScoresIncompleteError: when score tables are missing.
         SelectionError: when no sample has a value to select on.
         RoundExistsError: when another job published the round first.
     """
-    chosen = Strategy.parse(strategy)
-    started = _now()
+    chosen, quotas = Strategy.parse(strategy), ClassQuotas(class_balance, min_per_class)
+    require_options(chosen, quotas, exclude_noisy)
+    started = now()
     dataset = store.dataset()
     selected_count(fraction, dataset.samples)
     scored = None if chosen.seed is not None else _scored_round(store, dataset, scores_of)
     parts = {} if scored is None else _complete_parts(store, dataset, scored)
-    earlier = _same_selection(store, dataset, scored, fraction, chosen)
+    judged_by = score_history(store, dataset, scored) if exclude_noisy and scored is not None else None
+    intent = _intent(dataset.digest, scored, str(chosen), float(fraction), quotas, judged_by)
+    earlier = _same_selection(store, intent)
     if earlier is not None and (not as_newest or earlier.number == store.round("latest").number):
         return SelectResult(earlier, published=False)
-    intent = {"dataset": dataset.digest, "scores_of": scored, "strategy": str(chosen), "fraction": float(fraction)}
-    number = _round_to_publish(store, scored, intent)
+    number = round_to_publish(store, scored, intent)
+    excluded = None if judged_by is None else _exclude(store, dataset, number, judged_by)
     result = exact_cut(
-        _score_parts(store, dataset, scored),
+        _score_parts(store, dataset, scored, excluded),
         fraction=fraction,
         strategy=chosen,
         destination=store.path(schema.selection_path(number)),
+        quotas=quotas,
         ordered_map=ordered_thread_map(workers or available_cores()),
     )
     if result.scored == 0 and selected_count(fraction, dataset.samples):
@@ -84,9 +110,39 @@ def select_round(
             f"{store.url}: none of {dataset.samples} samples has a value of {chosen}; "
             f"margin, loss and el2n need labels: score with the right --label, or select on distance"
         )
-    manifest = _manifest(store, dataset, number, scored, parts, result, started)
+    manifest = round_manifest(store, dataset, number, scored, parts, result, started)
+    manifest |= {"class_balance": class_balance, "min_per_class": min_per_class}
+    if judged_by is not None:
+        manifest["excluded"] = {"samples": result.excluded, "judged_by": judged_by}
+    manifest["guards"] = asdict(examine_selection(store, dataset, number, scored, result, most_disagreement))
     manifest["faithfulness"] = None if faithfulness is None else asdict(faithfulness)
     return SelectResult(store.publish(number, manifest), published=True)
+
+
+def require_options(strategy: Strategy, quotas: ClassQuotas, exclude_noisy: bool) -> None:
+    """Refuse what cannot be done, before anything is scored for it.
+
+    Raises:
+        UsageError: a random order reads no labels and no scores.
+        MissingExtraError: cleanlab is needed and missing.
+    """
+    if exclude_noisy:
+        require_cleanlab()
+    if strategy.seed is not None and (quotas or exclude_noisy):
+        raise UsageError(
+            f"strategy {strategy} reads no score tables; class_balance, min_per_class and exclude_noisy need them: "
+            f"select on a score"
+        )
+
+
+def _exclude(store: Store, dataset: Dataset, number: int, judged_by: Sequence[int]) -> dict[int, Excluded]:
+    """The suspected label errors by part, listed in the round's folder, too."""
+    found = suspected_label_errors(store, dataset, judged_by)
+    with selection_writer(store.path(schema.excluded_path(number))) as writer:
+        for part in dataset.parts:
+            counts = dataset.counts[part.first_shard : part.first_shard + part.shards]
+            writer.append(*rows_by_shard(counts, found[part.number]))
+    return found
 
 
 def _scored_round(store: Store, dataset: Dataset, scores_of: int | None) -> int:
@@ -124,26 +180,38 @@ def _complete_parts(store: Store, dataset: Dataset, scored: int) -> dict[int, Fi
     return done
 
 
-def _same_selection(
-    store: Store, dataset: Dataset, scored: int | None, fraction: float | str, strategy: Strategy
-) -> Round | None:
+def _intent(
+    digest: str, scored: int | None, strategy: str, fraction: float, quotas: ClassQuotas, judged_by: list[int] | None
+) -> dict[str, Any]:
+    """What a selection is made from; equal intents make equal bytes."""
+    intent = {"dataset": digest, "scores_of": scored, "strategy": strategy, "fraction": fraction}
+    if quotas:
+        intent |= {"class_balance": quotas.balance, "min_per_class": quotas.least}
+    if judged_by is not None:
+        intent["judged_by"] = judged_by
+    return intent
+
+
+def _same_selection(store: Store, intent: Mapping[str, Any]) -> Round | None:
     """A published round that was cut from the same scores in the same way."""
-    for published in reversed(store.rounds()):
-        manifest = published.manifest
-        source = manifest["scores_of"] if manifest["scores_of"] is not None else published.number
-        if not manifest["score_parts"]:
-            source = None
-        if (
-            source == scored
-            and manifest["dataset"]["digest"] == dataset.digest
-            and manifest["strategy"] == str(strategy)
-            and manifest["fraction"] == float(fraction)
-        ):
-            return published
-    return None
+    return next((one for one in reversed(store.rounds()) if _intent_of(one) == intent), None)
 
 
-def _round_to_publish(store: Store, scored: int | None, intent: Mapping[str, Any]) -> int:
+def _intent_of(published: Round) -> dict[str, Any]:
+    manifest = published.manifest
+    scored = manifest["scores_of"] if manifest["scores_of"] is not None else published.number
+    quotas = ClassQuotas(manifest.get("class_balance", False), manifest.get("min_per_class", 0))
+    return _intent(
+        manifest["dataset"]["digest"],
+        scored if manifest["score_parts"] else None,
+        manifest["strategy"],
+        manifest["fraction"],
+        quotas,
+        manifest.get("excluded", {}).get("judged_by"),
+    )
+
+
+def round_to_publish(store: Store, scored: int | None, intent: Mapping[str, Any]) -> int:
     """The scored round itself while no other selection was begun in it; else a round that will name its scores.
 
     An interrupted job finds the round it had begun: equal intents make equal bytes.
@@ -156,19 +224,22 @@ def _round_to_publish(store: Store, scored: int | None, intent: Mapping[str, Any
     return store.claim_round(intent)
 
 
-def _score_parts(store: Store, dataset: Dataset, scored: int | None) -> list[ScorePart]:
+def _score_parts(
+    store: Store, dataset: Dataset, scored: int | None, excluded: Mapping[int, Excluded] | None
+) -> list[ScorePart]:
     return [
         ScorePart(
             url=None if scored is None else store.path(schema.scores_path(scored, part.number)),
             number=part.number,
             first_shard=part.first_shard,
             counts=dataset.counts[part.first_shard : part.first_shard + part.shards],
+            excluded=None if excluded is None else excluded[part.number],
         )
         for part in dataset.parts
     ]
 
 
-def _manifest(
+def round_manifest(
     store: Store,
     dataset: Dataset,
     number: int,
@@ -193,12 +264,13 @@ def _manifest(
         "score_parts": sorted(parts),
         "library": library_version(),
         "started": provenance.get("started", started),
-        "ended": _now(),
+        "ended": now(),
         "seconds": {
             name: round(seconds, 3) for name, seconds in total_seconds(part.receipt for part in parts.values()).items()
         },
     }
 
 
-def _now() -> str:
+def now() -> str:
+    """The time in UTC, as manifests record it."""
     return datetime.now(UTC).isoformat(timespec="seconds")

@@ -118,6 +118,10 @@ def test_a_schedule_falls_to_final_and_not_below(shape: dict[str, int], kind: ty
     assert len(starts) == schedule.rounds
     follow = [epoch for epoch in range(shape["epochs"]) if schedule.rounds_follow(epoch)]
     assert follow == [epoch for epoch in range(shape["epochs"]) if any(start > epoch for start in starts)]
+    for within in (1, 2, 5):
+        assert [epoch for epoch in range(shape["epochs"]) if schedule.rounds_follow(epoch, within)] == [
+            epoch for epoch in range(shape["epochs"]) if any(epoch < start <= epoch + within for start in starts)
+        ]
     for k, start in enumerate(starts, start=1):
         expected = by_formula(kind, k, schedule.rounds, final)
         assert schedule.fraction(start) == pytest.approx(expected, abs=1e-12)

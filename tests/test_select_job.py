@@ -154,3 +154,49 @@ def test_the_manifest_is_plain_json(scored: Store) -> None:
     text = Path(scored.path(schema.manifest_path(made.number))).read_text()
     assert json.loads(text) == made.manifest
     assert json.loads(text)["fraction"] == 0.3
+
+
+def test_quotas_of_classes_are_kept_and_make_another_round(scored: Store) -> None:
+    plain = select_round(scored, fraction=0.1).round
+    balanced = select_round(scored, fraction=0.1, class_balance=True).round
+    least = select_round(scored, fraction=0.1, min_per_class=12).round
+    assert [plain.number, balanced.number, least.number] == [1, 2, 3]
+    assert plain.manifest["selection"] != balanced.manifest["selection"]
+    for counts in balanced.manifest["classes"].values():
+        assert abs(counts["selected"] - 0.1 * counts["all"]) <= 1
+    assert min(counts["selected"] for counts in least.manifest["classes"].values()) >= 12
+    assert balanced.counts["selected"] == least.counts["selected"] == 144
+    assert (balanced.manifest["class_balance"], least.manifest["min_per_class"]) == (True, 12)
+    for made, options in ((plain, {}), (balanced, {"class_balance": True}), (least, {"min_per_class": 12})):
+        again = select_round(scored, fraction=0.1, **options)
+        assert (again.round.number, again.published) == (made.number, False)
+    with pytest.raises(UsageError, match="min_per_class=99 of 10 classes are 990 samples"):
+        select_round(scored, fraction=0.1, min_per_class=99)
+    with pytest.raises(UsageError, match="reads no score tables"):
+        select_round(scored, fraction=0.1, strategy="random:1", class_balance=True)
+
+
+def test_an_emptied_class_and_contradicted_labels_are_told(scored: Store, caplog: pytest.LogCaptureFixture) -> None:
+    tiny = select_round(scored, fraction="0.003").round
+    emptied = [int(label) for label, counts in tiny.manifest["classes"].items() if not counts["selected"]]
+    assert len(emptied) >= 5  # 5 samples of 10 classes
+    assert tiny.manifest["guards"]["emptied_classes"] == emptied
+    assert f"no sample of {len(emptied)} of 10 classes ({emptied[0]}, " in caplog.text
+    caplog.clear()
+    wrong = select_round(scored, fraction=0.2, strategy="-loss").round.manifest["guards"]
+    table = scored.round("latest").scores().to_table()
+    loss, margin = table["loss"].to_numpy(), table["margin"].to_numpy()
+    largest = np.argsort(-loss, kind="stable")[: math.ceil(0.2 * 1437)]
+    expected = float(np.mean((margin[largest] < 0) & (loss[largest] > math.log(10))))
+    assert wrong["label_disagreement"] == pytest.approx(expected)
+    assert expected > 0.5  # of an untrained model
+    assert "have a label that the scorer gives less than chance (bound 25 %)" in caplog.text
+    assert sum("less than chance" in warning for warning in wrong["warnings"]) == 1
+    caplog.clear()
+    assert select_round(scored, fraction=0.21, strategy="-loss", most_disagreement=1.0).published
+    assert "less than chance" not in caplog.text
+    assert select_round(scored, fraction=0.2, strategy="random:5").round.manifest["guards"] == {
+        "emptied_classes": [],
+        "label_disagreement": None,
+        "warnings": [],
+    }

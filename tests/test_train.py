@@ -17,7 +17,7 @@ from tools.training_config import METHODS, RunConfig, read_config
 
 CONFIG = """
 out = "{out}"
-methods = ["full", "random", "static", "dynams"]
+methods = ["full", "short", "random", "fresh-random", "static", "infobatch", "dynams"]
 seeds = [0]
 [data]
 dataset = "digits"
@@ -28,12 +28,13 @@ factory = "toy_models:small_cnn"
 args = {{ width = 8 }}
 width = 0.5
 [training]
-epochs = 4
+epochs = 5
 batch_size = 64
 loader_workers = 0
 [selection]
 final = 0.25
 warmup = 1
+interval = 2
 """
 
 
@@ -59,26 +60,41 @@ def test_every_method_trains_on_what_was_planned_and_a_rerun_does_nothing(config
     first = CliRunner().invoke(app, ["--config", str(config), "--workers", "1", "--json"], catch_exceptions=False)
     results = {result["method"]: result for result in json.loads(first.stdout)["results"]}
     run = read_config(config)
-    assert set(results) == {"full", "random", "static", "dynams"}
+    assert set(results) == {"full", "short", "random", "fresh-random", "static", "infobatch", "dynams"}
     for method, result in results.items():
-        assert result["samples"] == planned_samples(run, method, 1437), method
+        if method not in ("short", "infobatch"):
+            assert result["samples"] == planned_samples(run, method, 1437), method
         assert 0.1 < result["accuracy"] <= 1
         assert result["seconds"] > result["scoring_seconds"] >= 0
-    assert results["full"]["samples"] == 4 * 1437
-    assert [len(result["rounds"]) for result in results.values()] == [0, 3, 3, 3]
+    assert results["full"]["samples"] == 5 * 1437
+    rounds = {method: len(result["rounds"]) for method, result in results.items()}
+    # InfoBatch's rule keeps more than the fraction while most losses are above the mean; the steps are as many
+    assert rounds.pop("infobatch") in (2, 3, 4)
+    assert rounds == {"full": 0, "short": 0, "random": 2, "fresh-random": 4, "static": 2, "dynams": 2}
+    steps = run.schedule().total_steps(1437, 64)
+    assert results["short"]["steps"] == results["dynams"]["steps"] == steps < results["full"]["steps"] == 5 * 23
+    assert results["infobatch"]["steps"] <= steps
+    # as many steps, in whole epochs of full batches: the last of each epoch is short
+    assert results["short"]["samples"] == steps // 23 * 1437 + steps % 23 * 64
+    assert [results[method]["scored_samples"] for method in ("full", "static", "dynams")] == [0, 1437, 2 * 1437]
+    # the proxy is trained until the last round has begun
+    last = selected_count(run.schedule().fraction(3), 1437)
+    assert results["dynams"]["proxy_samples"] == results["dynams"]["samples"] - 2 * last
+    assert results["static"]["proxy_samples"] == 1437
+    assert results["random"]["proxy_samples"] == 0
     stores = {method: Store(tmp_path / "out" / "stores" / f"{method}-0") for method in results}
     static = stores["static"].rounds()
-    assert [published.manifest["scores_of"] for published in static] == [None, 1, 1]
+    assert [published.manifest["scores_of"] for published in static] == [None, 1]
     dynamic = stores["dynams"].rounds()
-    assert [published.epoch for published in dynamic] == [1, 2, 3]
-    assert len({published.manifest["checkpoint"]["sha256"] for published in dynamic}) == 3
+    assert [published.epoch for published in dynamic] == [1, 3]
+    assert len({published.manifest["checkpoint"]["sha256"] for published in dynamic}) == 2
     assert [published.counts["selected"] for published in dynamic] == [
         published.counts["selected"] for published in stores["random"].rounds()
     ]
     assert (tmp_path / "out" / "margins.png").read_bytes().startswith(b"\x89PNG")
     again = CliRunner().invoke(app, ["--config", str(config), "--workers", "1", "--json"], catch_exceptions=False)
     assert json.loads(again.stdout)["results"] == json.loads(first.stdout)["results"]
-    assert len((tmp_path / "out" / "results.jsonl").read_text().splitlines()) == 4
+    assert len((tmp_path / "out" / "results.jsonl").read_text().splitlines()) == 7
     config.write_text(config.read_text().replace("samples_per_shard = 300", "samples_per_shard = 200"))
     with pytest.raises(UsageError, match="holds shards of"):
         CliRunner().invoke(app, ["--config", str(config), "--workers", "1"], catch_exceptions=False)
@@ -93,14 +109,17 @@ def test_the_model_itself_scores_when_told_and_the_plan_comes_first(tmp_path: Pa
     (only,) = json.loads(done.stdout)["results"]
     assert only["samples"] == planned_samples(read_config(config), "dynams", 1437)
     rounds = Store(tmp_path / "out" / "stores" / "dynams-0").rounds()
-    assert [one.manifest["scorer"]["width"] for one in rounds] == [1.0] * 3
+    assert [one.manifest["scorer"]["width"] for one in rounds] == [1.0] * 2
     assert done.stderr.index("mean fraction") < done.stderr.index("dynams, seed 0:"), "told before training"
     assert "DynaMS, scored by the model" in done.stderr
     assert (tmp_path / "out" / "schedule.png").read_bytes().startswith(b"\x89PNG")
 
 
 def result(method: str, seed: int, accuracy: float) -> RunResult:
-    return RunResult(method, seed, accuracy, samples=100, steps=10, seconds=2.0, scoring_seconds=0.5, rounds=())
+    return RunResult(
+        method, seed, accuracy, samples=100, steps=10, proxy_samples=0, scored_samples=0, seconds=2.0,
+        scoring_seconds=0.5, processor_seconds=2.0, rounds=(),
+    )  # fmt: skip
 
 
 def test_the_table_gives_mean_and_deviation() -> None:
@@ -127,9 +146,9 @@ def test_a_wrong_configuration_names_the_key(tmp_path: Path) -> None:
     path = tmp_path / "run.toml"
     text = CONFIG.format(out=tmp_path)
     for wrong, message in [
-        (text.replace("epochs = 4", "epochs = 0"), r"training\.epochs"),
+        (text.replace("epochs = 5", "epochs = 0"), r"training\.epochs"),
         (text.replace("final = 0.25", "finale = 0.25"), r"selection\.finale"),
-        (text.replace('"static"', '"magic"'), r"methods\.2"),
+        (text.replace('"static"', '"magic"'), r"methods\.4"),
         (text.replace("warmup = 1", "warmup = 9"), "warmup"),
         ("out =", "run.toml"),
     ]:

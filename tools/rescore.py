@@ -13,6 +13,7 @@ from dynams_stream.errors import DynamsError, UsageError
 from dynams_stream.scorer import ScorerSpec
 from dynams_stream.store import Store
 from pipeline.rescore import Rescored, newest_checkpoint, rescore, watch
+from pipeline.select_job import MOST_DISAGREEMENT
 from tools.command import ConfigOption, DebugOption, JsonOption, StoreOption, WorkersOption, run, say, show
 from tools.scoring_options import (
     BatchSizeOption,
@@ -29,7 +30,15 @@ from tools.scoring_options import (
     scorer_spec,
     scoring_progress,
 )
-from tools.select_subset import FractionOption, StrategyOption, round_summary
+from tools.select_subset import (
+    ClassBalanceOption,
+    ExcludeNoisyOption,
+    FractionOption,
+    MinPerClassOption,
+    MostDisagreementOption,
+    StrategyOption,
+    round_summary,
+)
 
 app = typer.Typer(add_completion=False)
 
@@ -49,6 +58,10 @@ def rescore_command(
     once: Annotated[bool, typer.Option("--once", help="With --watch: the newest checkpoint now, then exit.")] = False,
     every: Annotated[float, typer.Option("--poll", min=0.1, help="Seconds between looks at --watch.")] = 5.0,
     strategy: StrategyOption = "distance",
+    class_balance: ClassBalanceOption = False,
+    min_per_class: MinPerClassOption = 0,
+    exclude_noisy: ExcludeNoisyOption = False,
+    most_disagreement: MostDisagreementOption = MOST_DISAGREEMENT,
     input: InputOption = None,
     label: LabelOption = None,
     transform: TransformOption = None,
@@ -71,7 +84,15 @@ def rescore_command(
     Example: dynams rescore --store runs/a --config run.toml --watch ckpt/
     """
     spec = scorer_spec(model, model_args, head, width, input, label, transform, batch_size)
-    job = {"scheduler": scheduler, "workers": workers, "device": device, "max_errors": max_errors}
+    guards = {
+        "class_balance": class_balance,
+        "min_per_class": min_per_class,
+        "exclude_noisy": exclude_noisy,
+        "most_disagreement": most_disagreement,
+    }
+    job = {
+        "scheduler": scheduler, "workers": workers, "device": device, "max_errors": max_errors, "guards": guards
+    }  # fmt: skip
     if (checkpoint is None) == (watched is None):
         raise UsageError("give one of --checkpoint FILE and --watch FOLDER")
     if watched is None or once:

@@ -9,7 +9,7 @@ import typer
 from dynams_stream.selection import selected_count
 from dynams_stream.store import Round, Store
 from dynams_stream.strategy import Strategy
-from pipeline.select_job import SelectResult, select_round
+from pipeline.select_job import MOST_DISAGREEMENT, SelectResult, select_round
 from tools.command import ConfigOption, DebugOption, DryRunOption, JsonOption, StoreOption, WorkersOption, run, show
 
 app = typer.Typer(add_completion=False)
@@ -24,6 +24,22 @@ StrategyOption = Annotated[
         help="Score whose smallest values are selected: distance, abs(margin), -loss, … or random:SEED.",
     ),
 ]
+ClassBalanceOption = Annotated[
+    bool, typer.Option("--class-balance", help="Each class gives the same share of its samples.")
+]
+MinPerClassOption = Annotated[
+    int, typer.Option("--min-per-class", min=0, help="Each class gives at least so many of its smallest scores.")
+]
+ExcludeNoisyOption = Annotated[
+    bool,
+    typer.Option("--exclude-noisy", help="Leave out samples whose labels cleanlab suspects, by the rounds so far."),
+]
+MostDisagreementOption = Annotated[
+    float,
+    typer.Option(
+        "--most-disagreement", min=0, max=1, help="Share of selected labels the scorer may contradict unwarned."
+    ),
+]
 
 
 @app.command()
@@ -34,6 +50,10 @@ def select(
     round: Annotated[
         int | None, typer.Option("--round", min=1, help="Round whose score tables to cut. Default: the newest.")
     ] = None,
+    class_balance: ClassBalanceOption = False,
+    min_per_class: MinPerClassOption = 0,
+    exclude_noisy: ExcludeNoisyOption = False,
+    most_disagreement: MostDisagreementOption = MOST_DISAGREEMENT,
     workers: WorkersOption = None,
     dry_run: DryRunOption = False,
     config: ConfigOption = None,
@@ -51,7 +71,11 @@ def select(
         words = f"{store}: would select {count:,} of {samples:,} samples by {chosen}, fewer if fewer have scores"
         show({"selected": count, "samples": samples, "strategy": chosen}, words, json)
         return
-    result = select_round(Store(store), fraction=fraction, strategy=strategy, scores_of=round, workers=workers)
+    result = select_round(
+        Store(store), fraction=fraction, strategy=strategy, scores_of=round, workers=workers,
+        class_balance=class_balance, min_per_class=min_per_class, exclude_noisy=exclude_noisy,
+        most_disagreement=most_disagreement,
+    )  # fmt: skip
     show(as_dict(result), in_words(result, store), json)
 
 
@@ -63,20 +87,22 @@ def as_dict(result: SelectResult) -> dict[str, object]:
 def round_summary(published: Round) -> dict[str, object]:
     """What `select`, `rescore` and `status` tell of a round."""
     manifest = published.manifest
-    return {
-        name: manifest[name] for name in ("epoch", "strategy", "fraction", "threshold", "counts", "scores_of", "ended")
-    }
+    names = ("epoch", "strategy", "fraction", "threshold", "counts", "scores_of", "ended")
+    return {name: manifest[name] for name in names} | {"guards": manifest.get("guards")}
 
 
 def in_words(result: SelectResult, store: str) -> str:
     """The result for people."""
     counts, manifest = result.round.counts, result.round.manifest
     verb = "published" if result.published else "was published before, cut from the same scores in the same way"
-    return (
-        f"{store}: round {result.round.number} {verb}\n"
+    lines = [
+        f"{store}: round {result.round.number} {verb}",
         f"{counts['selected']:,} of {counts['all']:,} samples (fraction {manifest['fraction']}), "
-        f"{manifest['strategy']} up to {manifest['threshold']}"
-    )
+        f"{manifest['strategy']} up to {manifest['threshold']}",
+    ]
+    if "excluded" in manifest:
+        lines.append(f"{manifest['excluded']['samples']:,} samples left out, whose labels are suspected")
+    return "\n".join(lines + [f"warning: {text}" for text in manifest.get("guards", {}).get("warnings", ())])
 
 
 if __name__ == "__main__":

@@ -16,23 +16,19 @@ from distributed import Client
 from dynams_stream.costs import count_flops
 from dynams_stream.errors import UsageError
 from dynams_stream.samples import SelectedSamples
-from dynams_stream.scorer import load_callable
 from dynams_stream.store import Store
 from pipeline.cluster import dask_client
 from pipeline.index_job import build_index
-from pipeline.shards import open_source, write_shards
 from tools.command import DebugOption, JsonOption, WorkersOption, progress_bar, run, say, show
 from tools.plan_report import compared, cost_text, costs_by_epoch, schedule_rows, schedule_text
 from tools.plot_margins import plot_margins, require_matplotlib
 from tools.plot_schedule import plot_schedule
 from tools.scoring_options import SchedulerOption
-from tools.training import DecodeImage, RunResult, run_folder, train_run
-from tools.training_config import METHODS, RunConfig, read_config
+from tools.training import DecodeImage, RunResult, build_model, run_folder, train_run
+from tools.training_config import METHODS, Method, RunConfig, read_config
+from tools.training_data import prepare_data
 
 app = typer.Typer(add_completion=False)
-
-_NOT_IN_SHARDS = {"transform", "input", "label"}
-"""Settings of the data that do not change its shards."""
 
 
 @app.command()
@@ -82,45 +78,12 @@ def _chosen(config: RunConfig, methods: list[str] | None, seeds: list[int] | Non
     return config.model_copy(update={name: value for name, value in changes.items() if value})
 
 
-def prepare_data(config: RunConfig) -> tuple[Store, Store]:
-    """The train and test shards below `out`, each folder with its index; written once.
-
-    Raises:
-        UsageError: when the shards there were made from other data.
-    """
-    made_from, wanted = config.out / "shards" / "data.json", config.data.model_dump_json(exclude=_NOT_IN_SHARDS)
-    if not made_from.exists():
-        made_from.parent.mkdir(parents=True, exist_ok=True)
-        made_from.write_text(wanted)
-    elif made_from.read_text() != wanted:
-        raise UsageError(
-            f"{made_from.parent} holds shards of {made_from.read_text()}, the configuration asks for {wanted}; "
-            f"name another --out, or remove that folder"
-        )
-    return _prepare_split(config, "train"), _prepare_split(config, "test")
-
-
-def _prepare_split(config: RunConfig, split: str) -> Store:
-    data, folder = config.data, config.out / "shards" / split
-    store = Store(folder)
-    if store.dataset_versions():  # indexed after the last shard was written, so they are all there
-        return store
-    with progress_bar(f"shard {split}", "samples") as report:
-        urls = write_shards(
-            open_source(data.dataset, data.root, split), folder, prefix=split,
-            samples_per_shard=data.samples_per_shard, overwrite=True, progress=report,
-        )  # fmt: skip
-    build_index(store, urls)
-    return store
-
-
 def announce(config: RunConfig, data: Store) -> Path:
     """Tell what the schedule selects and what that costs, before anything is trained; the plot's path."""
     schedule, samples = config.schedule(), data.dataset().samples
     width, every = config.model.width, config.model.every
-    image, _ = DecodeImage(config)(SelectedSamples(data, round=None)[0])
-    model = load_callable(config.model.factory, "model.factory")(**config.model.args)
-    costs = count_flops(model, image.shape, [width], head=config.model.head)[width]
+    image, *_ = DecodeImage(config, data)(SelectedSamples(data, round=None)[0])
+    costs = count_flops(build_model(config), image.shape, [width], head=config.model.head)[width]
     say(schedule_text(schedule, schedule_rows(schedule, samples)))
     say("")
     say(cost_text(compared(schedule, samples, costs, width=width, every=every), "FLOPs"))
@@ -130,7 +93,7 @@ def announce(config: RunConfig, data: Store) -> Path:
     return path
 
 
-def _run(config: RunConfig, method: str, seed: int, data: Store, test: Store, client: Client) -> RunResult:
+def _run(config: RunConfig, method: Method, seed: int, data: Store, test: Store, client: Client) -> RunResult:
     store = Store(run_folder(config, method, seed))
     build_index(store, data.dataset().urls)
     with progress_bar(f"{method}, seed {seed}", "epochs") as report:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from distributed import Client
 from PIL import Image
@@ -16,14 +17,14 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from dynams_stream.proxy import ParameterSharingProxy, joint_loss
-from dynams_stream.schedule import Schedule
-from dynams_stream.scorer import ScorerSpec, load_callable
+from dynams_stream.scorer import load_callable
 from dynams_stream.store import Store
 from dynams_stream.stream import SelectedDataset
 from pipeline.cores import available_cores
-from pipeline.rounds import run_round
-from pipeline.select_job import select_round
-from tools.training_config import RunConfig
+from tools.training_config import Method, RunConfig
+from tools.training_rounds import Rounds
+
+_Outputs = Tensor | tuple[Tensor, Tensor | None]
 
 
 @dataclass(frozen=True)
@@ -35,8 +36,11 @@ class RunResult:
         accuracy: share of the test images that are classified correctly after the last epoch.
         samples: samples trained on, all epochs together.
         steps: optimizer steps.
+        proxy_samples: of `samples`, those that the proxy was trained on, too.
+        scored_samples: samples scored for rounds.
         seconds: wall time of training, scoring and selecting; test evaluation is not in it.
         scoring_seconds: the part of `seconds` that rounds took.
+        processor_seconds: of it, what this process kept its processors busy; loader and scoring workers are others.
         rounds: numbers of the published rounds, in order.
     """
 
@@ -45,77 +49,33 @@ class RunResult:
     accuracy: float
     samples: int
     steps: int
+    proxy_samples: int
+    scored_samples: int
     seconds: float
     scoring_seconds: float
+    processor_seconds: float
     rounds: tuple[int, ...]
 
 
 class DecodeImage:
-    """The stage from a raw sample to (image tensor, label); picklable, for loader workers."""
+    """The stage from a raw sample to (image tensor, label, place in the dataset, weight); picklable, for workers."""
 
-    def __init__(self, config: RunConfig):
+    def __init__(self, config: RunConfig, store: Store):
         self.transform, self.input, self.label = config.data.transform, config.data.input, config.data.label
+        dataset = store.dataset()
+        self._starts = dict(zip(dataset.urls, (np.cumsum(dataset.counts) - dataset.counts).tolist(), strict=True))
         self._apply: Callable[[Image.Image], Tensor] | None = None
 
-    def __call__(self, sample: dict[str, Any]) -> tuple[Tensor, int]:
+    def __call__(self, sample: dict[str, Any]) -> tuple[Tensor, int, int, float]:
         if self._apply is None:
             self._apply = load_callable(self.transform, "data.transform")
+        place = self._starts[sample["__url__"]] + sample["__row__"]
         with Image.open(io.BytesIO(sample[self.input])) as image:
-            return self._apply(image), int(sample[self.label])
-
-
-class Rounds:
-    """How a method gets its selection for an epoch; `begin` publishes what the method trains on next."""
-
-    def __init__(self, config: RunConfig, method: str, seed: int, store: Store, client: Client):
-        self.config, self.method, self.seed, self.store, self.client = config, method, seed, store, client
-        self.published: list[int] = []
-        self._scored: int | None = None
-
-    @property
-    def has_proxy(self) -> bool:
-        """Whether this method has a proxy score its rounds."""
-        return self.method in ("dynams", "static") and self.config.selection.scorer == "proxy"
-
-    def trains_proxy(self, epoch: int) -> bool:
-        """Whether the proxy is still trained along in `epoch`: until the last round that it scores has begun."""
-        later = self.config.schedule().rounds_follow(epoch)
-        return self.has_proxy and later and (self.method == "dynams" or self._scored is None)
-
-    def begin(self, epoch: int, fraction: float, network: nn.Module) -> None:
-        """Publish the round that starts with this epoch, scored by the network or by the proxy in it."""
-        if self.method in ("random", "fresh-random"):
-            seed = self.seed if self.method == "random" else self.seed * 100_000 + epoch
-            made = select_round(self.store, fraction=fraction, strategy=f"random:{seed}", as_newest=True).round
-        elif self.method == "static" and self._scored is not None:
-            made = select_round(
-                self.store,
-                fraction=fraction,
-                strategy=self.config.selection.strategy,
-                scores_of=self._scored,
-                as_newest=True,
-            ).round
-        else:
-            made = run_round(
-                self.store, scorer_spec(self.config), weights=network, fraction=fraction, epoch=epoch,
-                strategy=self.config.selection.strategy, client=self.client,
-            )  # fmt: skip
-            self._scored = made.number
-        self.published.append(made.number)
-
-
-def scorer_spec(config: RunConfig) -> ScorerSpec:
-    """How rounds of this configuration are scored."""
-    data, model = config.data, config.model
-    return ScorerSpec(
-        model=model.factory, model_args=model.args, head=model.head,
-        width=model.width if config.selection.scorer == "proxy" else 1.0,
-        input=data.input, label=data.label, transform=data.transform,
-    )  # fmt: skip
+            return self._apply(image), int(sample[self.label]), place, sample.get("__weight__", 1.0)
 
 
 def train_run(
-    config: RunConfig, method: str, seed: int, store: Store, test: Store, client: Client, report: Callable[..., None]
+    config: RunConfig, method: Method, seed: int, store: Store, test: Store, client: Client, report: Callable[..., None]
 ) -> RunResult:
     """Train once and measure.
 
@@ -131,77 +91,116 @@ def train_run(
     torch.manual_seed(seed)
     # Loader workers decode on cores of their own: OpenMP threads that wait for a core they share halve the speed.
     torch.set_num_threads(max(1, available_cores() - config.training.loader_workers))
-    schedule = config.schedule() if method != "full" else None
-    model = load_callable(config.model.factory, "model.factory")(**config.model.args)
+    model = build_model(config)
     rounds = Rounds(config, method, seed, store, client)
-    network: nn.Module = model
-    if rounds.has_proxy:
-        network = ParameterSharingProxy(model, config.model.width, head=config.model.head, every=config.model.every)
-    dataset = SelectedDataset(store, batch_size=config.training.batch_size, seed=seed).map(DecodeImage(config))
-    loader = DataLoader(
-        dataset,
-        batch_size=config.training.batch_size,
-        num_workers=config.training.loader_workers,
-        persistent_workers=config.training.loader_workers > 0,
-        multiprocessing_context="forkserver" if config.training.loader_workers > 0 else None,
-    )
-    optimizer, learning_rate = _optimizer(config, schedule, store, network)
-    samples = steps = 0
-    scoring = 0.0
-    began = time.perf_counter()
+    run = _Run(config, model, rounds, store)
+    began, processor_began = time.perf_counter(), time.process_time()
     for epoch in range(config.training.epochs):
-        if schedule is not None and schedule.starts_round(epoch):
-            round_began = time.perf_counter()
-            rounds.begin(epoch, schedule.fraction(epoch), network)
-            scoring += time.perf_counter() - round_began
-            network = network if rounds.trains_proxy(epoch) else model
-        dataset.set_epoch(epoch, round=None if schedule is None else schedule.round(epoch))
-        for images, labels in loader:
-            loss = _loss(config, network(images), labels)
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            learning_rate.step()
-            samples, steps = samples + len(labels), steps + 1
+        run.epoch(epoch)
         report(epoch + 1, config.training.epochs)
-    seconds = time.perf_counter() - began
+        if run.steps == run.total_steps:
+            break
+    seconds, processor_seconds = time.perf_counter() - began, time.process_time() - processor_began
     return RunResult(
-        method=method, seed=seed, accuracy=accuracy(config, model, test), samples=samples, steps=steps,
-        seconds=seconds, scoring_seconds=scoring, rounds=tuple(rounds.published),
+        method=method, seed=seed, accuracy=accuracy(config, model, test), samples=run.samples, steps=run.steps,
+        proxy_samples=run.proxy_samples, scored_samples=rounds.scored, seconds=seconds,
+        scoring_seconds=run.scoring_seconds, processor_seconds=processor_seconds, rounds=tuple(rounds.published),
     )  # fmt: skip
 
 
-def _loss(config: RunConfig, outputs: Tensor | tuple[Tensor, Tensor | None], labels: Tensor) -> Tensor:
-    if isinstance(outputs, Tensor):
-        return nn.functional.cross_entropy(outputs, labels)
-    return joint_loss(nn.functional.cross_entropy, outputs, labels, proxy_weight=config.model.proxy_weight)
+def build_model(config: RunConfig) -> nn.Module:
+    """The network of a configuration, in the layout of memory that it asks for."""
+    model: nn.Module = load_callable(config.model.factory, "model.factory")(**config.model.args)
+    return model.to(memory_format=_memory_format(config))
 
 
-def _optimizer(
-    config: RunConfig, schedule: Schedule | None, store: Store, network: nn.Module
-) -> tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler]:
-    """SGD, and one cycle of the learning rate over exactly the steps that this method will take."""
+def _memory_format(config: RunConfig) -> torch.memory_format:
+    return torch.channels_last if config.model.channels_last else torch.contiguous_format
+
+
+class _Run:
+    """One run as it goes: the network, its optimizer, its loader, and what is counted."""
+
+    def __init__(self, config: RunConfig, model: nn.Module, rounds: Rounds, store: Store):
+        self.config, self.model, self.rounds = config, model, rounds
+        self.samples = self.steps = self.proxy_samples = 0
+        self.scoring_seconds = 0.0
+        self.schedule = config.schedule()
+        self.total_steps = _total_steps(config, rounds, store)
+        self.network: nn.Module = model
+        if rounds.has_proxy:
+            self.network = ParameterSharingProxy(
+                model, config.model.width, head=config.model.head, every=config.model.every
+            )
+        training = config.training
+        self.dataset = SelectedDataset(store, batch_size=training.batch_size, seed=rounds.seed)
+        self.loader = DataLoader(
+            self.dataset.map(DecodeImage(config, store)),
+            batch_size=training.batch_size,
+            num_workers=training.loader_workers,
+            persistent_workers=training.loader_workers > 0,
+            multiprocessing_context="forkserver" if training.loader_workers > 0 else None,
+        )
+        self.optimizer = torch.optim.SGD(
+            self.network.parameters(), lr=training.learning_rate, momentum=training.momentum,
+            weight_decay=training.weight_decay, nesterov=training.momentum > 0,
+        )  # fmt: skip
+        self.learning_rate = torch.optim.lr_scheduler.OneCycleLR(
+            self.optimizer, training.learning_rate, total_steps=self.total_steps
+        )
+
+    def epoch(self, epoch: int) -> None:
+        """Make the round that is due, if one is, and train on what it selects."""
+        if self.rounds.begins(epoch):
+            began = time.perf_counter()
+            self.rounds.begin(epoch, self.schedule.fraction(epoch), self.network)
+            self.scoring_seconds += time.perf_counter() - began
+        self.dataset.set_epoch(epoch, round=self.schedule.round(epoch) if self.rounds.selects else None)
+        trained = self.network if self.rounds.trains_proxy(epoch) else self.model
+        for images, labels, places, weights in self.loader:
+            self._step(trained, images, labels, places, weights.float())
+            if self.steps == self.total_steps:
+                break
+
+    def _step(self, network: nn.Module, images: Tensor, labels: Tensor, places: Tensor, weights: Tensor) -> None:
+        outputs: _Outputs = network(images.to(memory_format=_memory_format(self.config)))
+        losses: list[Tensor] = []
+
+        def criterion(logits: Tensor, labels: Tensor) -> Tensor:
+            losses.append(nn.functional.cross_entropy(logits, labels, reduction="none"))
+            return (losses[-1] * weights).mean()
+
+        if isinstance(outputs, Tensor):
+            loss = criterion(outputs, labels)
+        else:
+            loss = joint_loss(criterion, outputs, labels, proxy_weight=self.config.model.proxy_weight)
+            self.proxy_samples += len(labels) if outputs[1] is not None else 0
+        self.optimizer.zero_grad()
+        loss.backward()
+        self.optimizer.step()
+        self.learning_rate.step()
+        if self.rounds.observes:
+            self.rounds.observe(places.numpy(), losses[0].detach().numpy())
+        self.samples, self.steps = self.samples + len(labels), self.steps + 1
+
+
+def _total_steps(config: RunConfig, rounds: Rounds, store: Store) -> int:
+    """Optimizer steps of a run, over which the learning rate goes through one cycle."""
     training, samples = config.training, store.dataset().samples
-    if schedule is None:
-        steps = training.epochs * -(-samples // training.batch_size)
-    else:
-        steps = schedule.total_steps(samples, training.batch_size)
-    optimizer = torch.optim.SGD(
-        network.parameters(), lr=training.learning_rate, momentum=training.momentum,
-        weight_decay=training.weight_decay, nesterov=training.momentum > 0,
-    )  # fmt: skip
-    return optimizer, torch.optim.lr_scheduler.OneCycleLR(optimizer, training.learning_rate, total_steps=steps)
+    if rounds.method == "full":
+        return training.epochs * -(-samples // training.batch_size)
+    return config.schedule().total_steps(samples, training.batch_size)
 
 
 def accuracy(config: RunConfig, model: nn.Module, test: Store) -> float:
     """Share of the test samples whose largest logit is their label's."""
-    dataset = SelectedDataset(test, shuffle=False, round=None, tail="keep").map(DecodeImage(config))
+    dataset = SelectedDataset(test, shuffle=False, round=None, tail="keep").map(DecodeImage(config, test))
     right = total = 0
     was_training = model.training
     model.eval()
     with torch.inference_mode():
-        for images, labels in DataLoader(dataset, batch_size=500):
-            right += int((model(images).argmax(dim=1) == labels).sum())
+        for images, labels, *_ in DataLoader(dataset, batch_size=500):
+            right += int((model(images.to(memory_format=_memory_format(config))).argmax(dim=1) == labels).sum())
             total += len(labels)
     model.train(was_training)
     return right / total

@@ -4,20 +4,23 @@ from __future__ import annotations
 
 import tomllib
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import pydantic
 
 from dynams_stream.errors import UsageError
 from dynams_stream.schedule import SCHEDULES, Schedule
 
-METHODS = ("full", "random", "fresh-random", "static", "dynams")
+Method = Literal["full", "short", "random", "fresh-random", "static", "infobatch", "dynams"]
+METHODS: tuple[Method, ...] = get_args(Method)
 """What can be compared:
 
 full          every sample, each epoch
+short         every sample, for as many steps as the schedule takes
 random        a fixed random order; each epoch trains on its first ⌈γN⌉ samples
-fresh-random  another random subset of ⌈γN⌉ samples in each round
+fresh-random  another random subset of ⌈γN⌉ samples in each epoch
 static        the margins of the first round; each epoch trains on the ⌈γN⌉ smallest of them
+infobatch     what InfoBatch keeps: all samples of a loss above the mean, and some of the others, weighted up
 dynams        the ⌈γN⌉ smallest margins of the current model, scored anew in each round by the proxy
 """
 
@@ -27,24 +30,33 @@ class _Strict(pydantic.BaseModel):
 
 
 class DataConfig(_Strict):
-    """Where the images come from; shards are written once, below `out`."""
+    """Where the images come from; shards are written once, below `out`.
+
+    `wrong_labels` of the training images get another class, drawn at random. `imbalance` makes a long tail: classes
+    fall geometrically from all of their training images to one `imbalance`-th. Both are drawn with `seed`.
+    """
 
     dataset: str
     root: str = "data"
     samples_per_shard: int = pydantic.Field(3000, ge=1)
+    wrong_labels: float = pydantic.Field(0.0, ge=0, lt=1)
+    imbalance: float = pydantic.Field(1.0, ge=1)
+    seed: int = pydantic.Field(0, ge=0)
     transform: str
     input: str = "png"
     label: str = "cls"
 
 
 class ModelConfig(_Strict):
-    """The network and its proxy: p, how often it takes part in a step, and λ."""
+    """The network and its proxy: p, how often it takes part in a step, in which epochs before a round, and λ."""
 
     factory: str
     args: dict[str, Any] = {}
     head: str | None = None
+    channels_last: bool = False
     width: float = pydantic.Field(0.5, gt=0, le=1)
     every: int = pydantic.Field(1, ge=1)
+    proxy_epochs: int | None = pydantic.Field(None, ge=1)
     proxy_weight: float = pydantic.Field(1.0, ge=0)
 
 
@@ -69,6 +81,9 @@ class SelectionConfig(_Strict):
     anneal: int = pydantic.Field(0, ge=0)
     interval: int = pydantic.Field(1, ge=1)
     strategy: str = "distance"
+    class_balance: bool = False
+    min_per_class: int = pydantic.Field(0, ge=0)
+    exclude_noisy: bool = False
     scorer: Literal["proxy", "model"] = "proxy"
 
 
@@ -76,7 +91,7 @@ class RunConfig(_Strict):
     """One comparison: methods × seeds on one dataset, model and schedule."""
 
     out: Path
-    methods: tuple[Literal["full", "random", "fresh-random", "static", "dynams"], ...] = METHODS
+    methods: tuple[Method, ...] = METHODS
     seeds: tuple[int, ...] = (0, 1, 2)
     data: DataConfig
     model: ModelConfig

@@ -1,0 +1,272 @@
+"""What training on selections gives, and what it costs: MNIST, real training runs, one line of JSON each.
+
+    python benchmarks/accuracy.py headline            # the power schedule to γ = 0.1 against its rivals
+    python benchmarks/accuracy.py frontier            # accuracy against seconds and FLOPs, over the options
+    python benchmarks/accuracy.py budgets             # all methods at mean budgets of 0.6, 0.3 and 0.1
+    python benchmarks/accuracy.py headline --table    # the table of what has run
+
+Runs of `tools/training.py`, the loop of `dynams train`: the same small network, optimizer and data path for all. A run
+that is done (a line in runs/bench/accuracy/runs.jsonl) is not done again, so a stopped benchmark goes on where it was.
+
+Two runs go side by side, each in one process on one core: it decodes, trains and scores (in a Dask worker of the same
+process) there, so that processor seconds are all that it cost and other work on the machine disturbs them little.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import os
+import shutil
+import sys
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import asdict, dataclass, field
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from tools.training_config import RunConfig
+
+CONDITIONS: dict[str, dict[str, float]] = {
+    "clean": {},
+    "10 % wrong labels": {"wrong_labels": 0.1},
+    "long tail": {"imbalance": 100.0},
+}
+SEEDS = 5
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One line of a table: a method with its options, under one condition of the data.
+
+    Attributes:
+        name: as the table has it.
+        method: of `dynams train`.
+        condition: of `CONDITIONS`.
+        changes: of the configuration, by section.
+    """
+
+    name: str
+    method: str
+    condition: str = "clean"
+    changes: dict[str, dict[str, Any]] = field(default_factory=dict)
+
+    def config(self, folder: Path) -> RunConfig:
+        """The whole configuration of its runs."""
+        sections = {name: {**base, **self.changes.get(name, {})} for name, base in BASE.items()}
+        sections["data"] |= CONDITIONS[self.condition]
+        out = folder / self.condition.replace(" ", "-").replace("%", "percent")
+        return RunConfig(out=out, **sections)  # type: ignore[arg-type]
+
+
+BASE: dict[str, dict[str, Any]] = {
+    "data": {
+        "dataset": "mnist",
+        "root": str(Path(__file__).resolve().parents[2] / "shared" / "data"),
+        "transform": "examples.models:grayscale",
+    },
+    "model": {
+        "factory": "examples.models:small_cnn",
+        "args": {"width": 16, "stride": 2},
+        "channels_last": True,
+        "width": 0.5,
+    },
+    "training": {"epochs": 12, "batch_size": 128, "learning_rate": 0.1, "loader_workers": 0},
+    "selection": {"schedule": "power", "final": 0.1, "warmup": 2, "interval": 5},
+}
+
+# ---- the settings ----------------------------------------------------------------------------------------------------
+
+BY_MODEL = {"scorer": "model"}
+
+
+def dynams(name: str, condition: str = "clean", model: dict[str, Any] | None = None, **selection: Any) -> Setting:
+    """DynaMS with some options."""
+    return Setting(name, "dynams", condition, {"model": model or {}, "selection": selection})
+
+
+def headline() -> Iterator[Setting]:
+    """The power schedule to γ = 0.1."""
+    for condition in ("clean", "10 % wrong labels"):
+        yield Setting("full data", "full", condition)
+        yield Setting("full data, as many steps", "short", condition)
+        yield Setting("random", "random", condition)
+        yield Setting("fresh random", "fresh-random", condition)
+        yield Setting("static distance", "static", condition)
+        yield dynams("DynaMS, proxy", condition)
+        yield dynams("DynaMS, model", condition, **BY_MODEL)
+        yield dynams("DynaMS, model, |margin|", condition, strategy="abs(margin)", **BY_MODEL)
+
+
+def budgets() -> Iterator[Setting]:
+    """Every method at mean fractions of 0.6, 0.3 and 0.1, warm-up included (none at 0.1, which it would use up)."""
+    for condition in CONDITIONS:
+        yield Setting("full data", "full", condition)
+        for budget in (0.6, 0.3, 0.1):
+            power = {"final": None, "budget": budget, "warmup": 0 if budget == 0.1 else 2}
+            constant = {
+                **power,
+                "schedule": "constant",
+                "interval": 1,
+                "warmup": 0,
+                "anneal": 0 if budget == 0.1 else 1,
+            }
+            changes = {"selection": power}
+            yield Setting(f"{budget}: full data, as many steps", "short", condition, changes)
+            yield Setting(f"{budget}: random", "random", condition, changes)
+            yield Setting(f"{budget}: fresh random", "fresh-random", condition, changes)
+            yield Setting(f"{budget}: InfoBatch's rule", "infobatch", condition, {"selection": constant})
+            yield Setting(f"{budget}: static distance", "static", condition, changes)
+            yield dynams(f"{budget}: DynaMS, proxy", condition, **power)
+            for name, strategy in {
+                "DynaMS, model": "distance",
+                "DynaMS, model, |margin|": "abs(margin)",
+                "largest loss, model": "-loss",
+                "largest EL2N, model": "-el2n",
+            }.items():
+                yield dynams(f"{budget}: {name}", condition, strategy=strategy, **power, **BY_MODEL)
+
+
+def frontier() -> Iterator[Setting]:
+    """Full data for fewer epochs, and DynaMS with one option after another changed."""
+    for epochs in (3, 4, 6, 8, 12):
+        yield Setting(f"full data, {epochs} epochs", "full", changes={"training": {"epochs": epochs}})
+    # Everything, with a proxy that is trained along and hardly used: what the second loss does by itself.
+    yield dynams("full data, proxy trained along", schedule="constant", final=1.0, warmup=11)
+    yield dynams("proxy")
+    yield dynams("model", **BY_MODEL)
+    for interval in (1, 2, 3):
+        yield dynams(f"proxy, interval {interval}", interval=interval)
+        yield dynams(f"model, interval {interval}", interval=interval, **BY_MODEL)
+    for every in (2, 4, 8):
+        yield dynams(f"proxy, every {every}", model={"every": every})
+    yield dynams("proxy in one epoch of 5", model={"proxy_epochs": 1})
+    for weight in (0.5, 0.2):
+        yield dynams(f"proxy, weight {weight}", model={"proxy_weight": weight})
+    for width in (0.25, 0.75):
+        yield dynams(f"proxy, width {width}", model={"width": width})
+    for schedule in ("linear", "cosine", "exponential"):
+        yield dynams(f"proxy, {schedule}", schedule=schedule)
+    for final in (0.05, 0.2, 0.3):
+        yield dynams(f"proxy, final {final}", final=final)
+    for warmup in (1, 3):
+        yield dynams(f"proxy, warm-up {warmup}", warmup=warmup)
+    yield dynams("proxy, anneal 1", anneal=1)
+    for epochs in (8, 10, 16):
+        training = {"epochs": epochs}
+        yield Setting(f"proxy, {epochs} epochs", "dynams", changes={"training": training})
+        yield Setting(f"model, {epochs} epochs", "dynams", changes={"training": training, "selection": BY_MODEL})
+
+
+GROUPS = {"headline": headline, "budgets": budgets, "frontier": frontier}
+
+# ---- running them ----------------------------------------------------------------------------------------------------
+
+
+def digest(setting: Setting, folder: Path) -> str:
+    """What a result depends on, its seed aside. Settings at their default are left out, so that new ones may come."""
+    config = setting.config(folder).model_dump_json(exclude={"methods", "seeds", "out"}, exclude_defaults=True)
+    return hashlib.sha256(f"{setting.method} {config}".encode()).hexdigest()[:16]
+
+
+def finished(folder: Path) -> dict[tuple[str, int], dict[str, Any]]:
+    """The lines of all runs that are done, by digest and seed."""
+    path = folder / "runs.jsonl"
+    lines = map(json.loads, path.read_text().splitlines()) if path.exists() else []
+    return {(line["digest"], line["seed"]): line for line in lines}
+
+
+def run(setting: Setting, seed: int, folder: Path) -> dict[str, Any]:
+    """One run, in this process: its line."""
+    import torch
+    from distributed import Client
+
+    from dynams_stream.store import Store
+    from pipeline.index_job import build_index
+    from tools.training import train_run
+
+    config = setting.config(folder)
+    data, test = (Store(config.out / "shards" / split) for split in ("train", "test"))
+    store = Store(folder / "stores" / f"{digest(setting, folder)}-{seed}")
+    shutil.rmtree(store.url, ignore_errors=True)
+    build_index(store, data.dataset().urls)
+    torch.set_num_threads(1)
+    with Client(processes=False, n_workers=1, threads_per_worker=1, dashboard_address=":0") as client:
+        result = train_run(config, setting.method, seed, store, test, client, lambda *_: None)  # type: ignore[arg-type]
+    rounds = [store.round(number).manifest for number in result.rounds]
+    shutil.rmtree(store.url)
+    return {
+        "digest": digest(setting, folder),
+        "condition": setting.condition,
+        "name": setting.name,
+        **asdict(result),
+        "fractions": [one["counts"]["selected"] / one["counts"]["all"] for one in rounds],
+        "faithfulness": [one["faithfulness"] for one in rounds if one.get("faithfulness")],
+    }
+
+
+def one_core(cores: Any) -> None:
+    """Keep this process on one of the cores, as long as there are free ones."""
+    os.environ["OMP_NUM_THREADS"] = "1"
+    if not cores.empty():
+        os.sched_setaffinity(0, {cores.get()})
+
+
+def prepare(settings: Sequence[Setting], folder: Path) -> None:
+    """Write the shards of each condition."""
+    from tools.training_data import prepare_data
+
+    for config in {setting.condition: setting.config(folder) for setting in settings}.values():
+        prepare_data(config)
+
+
+def run_all(settings: Sequence[Setting], seeds: int, jobs: int, folder: Path) -> None:
+    """Do what is not done, the first seed of everything first, and append a line for each run."""
+    prepare(settings, folder)
+    done = finished(folder)
+    missing = [
+        (setting, seed) for seed in range(seeds) for setting in settings if (digest(setting, folder), seed) not in done
+    ]
+    print(f"{len(missing)} of {len(settings) * seeds} runs to do", flush=True)
+    context = get_context("spawn")
+    cores = context.Queue()
+    for core in sorted(os.sched_getaffinity(0))[:jobs]:
+        cores.put(core)
+    with ProcessPoolExecutor(jobs, mp_context=context, initializer=one_core, initargs=(cores,)) as pool:
+        waiting = {pool.submit(run, setting, seed, folder): setting for setting, seed in missing}
+        try:
+            for number, future in enumerate(as_completed(waiting), 1):
+                line = future.result()
+                with (folder / "runs.jsonl").open("a") as file:
+                    file.write(json.dumps(line) + "\n")
+                print(
+                    f"{number}/{len(missing)} {line['condition']}, {line['name']}, seed {line['seed']}: "
+                    f"{100 * line['accuracy']:.2f} %, {line['processor_seconds']:.0f} s",
+                    flush=True,
+                )
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+
+
+def main() -> None:
+    """Run, or print a table."""
+    parser = argparse.ArgumentParser(description="What training on selections gives and costs; see the docstring.")
+    parser.add_argument("group", choices=list(GROUPS))
+    parser.add_argument("--seeds", type=int, default=SEEDS)
+    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="runs side by side, one core each")
+    parser.add_argument("--only", default="", help="settings whose name holds this text")
+    parser.add_argument("--folder", type=Path, default=Path("runs/bench/accuracy"))
+    parser.add_argument("--table", action="store_true", help="print the table of what has run, and run nothing")
+    options = parser.parse_args()
+    settings = [setting for setting in GROUPS[options.group]() if options.only in setting.name]
+    if not options.table:
+        run_all(settings, options.seeds, options.jobs, options.folder)
+
+
+if __name__ == "__main__":
+    main()
