@@ -144,7 +144,6 @@ def frontier() -> Iterator[Setting]:
         yield dynams(f"model, interval {interval}", interval=interval, **BY_MODEL)
     for every in (2, 4, 8):
         yield dynams(f"proxy, every {every}", model={"every": every})
-    yield dynams("proxy in one epoch of 5", model={"proxy_epochs": 1})
     for weight in (0.5, 0.2):
         yield dynams(f"proxy, weight {weight}", model={"proxy_weight": weight})
     for width in (0.25, 0.75):
@@ -266,6 +265,23 @@ def main() -> None:
     settings = [setting for setting in GROUPS[options.group]() if options.only in setting.name]
     if not options.table:
         run_all(settings, options.seeds, options.jobs, options.folder)
+    report(options.group, settings, options.seeds, options.folder)
+
+
+def report(group: str, settings: Sequence[Setting], seeds: int, folder: Path) -> None:
+    """Print the table of what has run, and draw its plot."""
+    from accuracy_table import plot_frontier, row_of, table
+
+    done = finished(folder)
+    rows = []
+    for setting in settings:
+        lines = [done[key] for seed in range(seeds) if (key := (digest(setting, folder), seed)) in done]
+        if lines:
+            rows.append(row_of(setting.condition, setting.name, setting.config(folder), lines))
+    print(table(rows))
+    if group == "frontier" and rows:
+        plot_frontier(rows, folder / "frontier.png")
+        print(f"\nplot: {folder / 'frontier.png'}")
 
 
 if __name__ == "__main__":

@@ -188,28 +188,15 @@ def full_cost(epochs: int, samples: int, costs: StepCosts) -> RunCost:
 
 
 def selected_cost(
-    schedule: Schedule,
-    samples: int,
-    costs: StepCosts,
-    *,
-    scorer: Literal["proxy", "model"],
-    every: int = 1,
-    proxy_epochs: int | None = None,
+    schedule: Schedule, samples: int, costs: StepCosts, *, scorer: Literal["proxy", "model"], every: int = 1
 ) -> RunCost:
     """Training on selections; arguments as for `epoch_costs`."""
-    each = epoch_costs(schedule, samples, costs, scorer=scorer, every=every, proxy_epochs=proxy_epochs)
-    parts = [astuple(cost) for cost in each]
+    parts = [astuple(cost) for cost in epoch_costs(schedule, samples, costs, scorer=scorer, every=every)]
     return RunCost(*map(sum, zip(*parts, strict=True)))
 
 
 def epoch_costs(
-    schedule: Schedule,
-    samples: int,
-    costs: StepCosts,
-    *,
-    scorer: Literal["proxy", "model"],
-    every: int = 1,
-    proxy_epochs: int | None = None,
+    schedule: Schedule, samples: int, costs: StepCosts, *, scorer: Literal["proxy", "model"], every: int = 1
 ) -> list[RunCost]:
     """The cost of each epoch of training on selections, the round that it begins with included.
 
@@ -219,7 +206,6 @@ def epoch_costs(
         costs: of one sample.
         scorer: what scores: the proxy, trained along until the last round has begun, or the model itself.
         every: the proxy takes part in each n-th step.
-        proxy_epochs: it is trained along in so many epochs before each round; None for all of them.
     """
     score = costs.proxy_forward if scorer == "proxy" else costs.forward
     along = costs.proxy_training / every if scorer == "proxy" else 0.0
@@ -232,7 +218,7 @@ def epoch_costs(
                 trained=trained,
                 scored=scored,
                 training=trained * costs.training,
-                proxy_training=trained * along if schedule.rounds_follow(epoch, proxy_epochs) else 0.0,
+                proxy_training=trained * along if schedule.rounds_follow(epoch) else 0.0,
                 scoring=scored * score,
                 reading=(trained + scored) * costs.reading,
             )

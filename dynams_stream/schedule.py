@@ -17,7 +17,7 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from functools import cached_property
 from numbers import Real
-from typing import Literal
+from typing import Any, Literal
 
 from dynams_stream.errors import UsageError
 from dynams_stream.selection import selected_count
@@ -93,18 +93,10 @@ class Schedule(ABC):
         """Whether a round has to be scored and selected before `epoch`."""
         return self._selects(epoch) and (epoch - self.warmup) % self.interval == 0
 
-    def rounds_follow(self, epoch: int, within: int | None = None) -> bool:
-        """Whether a round begins after `epoch`: until the last one has begun, the proxy has to be trained along.
-
-        Args:
-            epoch: from 0 on.
-            within: only rounds that begin at most so many epochs later count.
-        """
+    def rounds_follow(self, epoch: int) -> bool:
+        """Whether a round begins after `epoch`: until then the proxy has to be trained along."""
         self._selects(epoch)
-        last = self.warmup + (self.rounds - 1) * self.interval
-        if within is None:
-            return epoch < last
-        return any(self.starts_round(later) for later in range(epoch + 1, min(epoch + within, last) + 1))
+        return epoch < self.warmup + (self.rounds - 1) * self.interval
 
     def round(self, epoch: int) -> Literal["latest"] | None:
         """What `epoch` streams: None (everything) in warm-up and anneal, else the newest round."""
@@ -234,6 +226,26 @@ SCHEDULES: dict[str, type[Schedule]] = {
     "step": StepSchedule,
 }
 """Schedules by the name that configurations and commands give them."""
+
+
+def make_schedule(name: str, *, steps: int | None = None, **arguments: Any) -> Schedule:
+    """The schedule of that name.
+
+    Args:
+        name: of `SCHEDULES`.
+        steps: stages of a step schedule, which alone has any; None for its default.
+        arguments: as for `Schedule`.
+
+    Raises:
+        UsageError: an unknown name, steps of another schedule, or arguments that no schedule can be made of.
+    """
+    if name not in SCHEDULES:
+        raise UsageError(f"schedule {name!r} is unknown; choose from {', '.join(SCHEDULES)}")
+    if steps is None:
+        return SCHEDULES[name](**arguments)
+    if SCHEDULES[name] is not StepSchedule:
+        raise UsageError(f"steps={steps} is for the step schedule; the {name} schedule has none")
+    return StepSchedule(**arguments, steps=steps)
 
 
 def _require_whole(name: str, value: object, least: int) -> None:

@@ -186,8 +186,10 @@ class DynamicSelection:
         fraction, guards = self.schedule.fraction(due), self._guards
         self._pending = _Background(
             due,
-            lambda: make_round(
-                self._store, self._scorer, saved, fraction=fraction, epoch=epoch, guards=guards, **options
+            lambda: (
+                make_round(
+                    self._store, self._scorer, saved, fraction=fraction, epoch=epoch, guards=guards, **options
+                ).round
             ),
         )
 

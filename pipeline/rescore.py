@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+import logging
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 from dynams_stream import storage
 from dynams_stream.errors import CheckpointError, UsageError
 from dynams_stream.scorer import ScorerSpec
-from dynams_stream.selection import selected_count
 from dynams_stream.store import Round, Store
 from dynams_stream.strategy import Strategy
-from pipeline.score_job import score_round
-from pipeline.select_job import select_round
+from pipeline.rounds import make_round, require_round
+from pipeline.weights import SavedWeights
+
+logger = logging.getLogger(__name__)
 
 CHECKPOINT_ENDINGS = (".safetensors", ".pt", ".pth")
 
@@ -35,26 +37,50 @@ def rescore(
     *,
     fraction: float | str,
     strategy: str = "distance",
-    guards: Mapping[str, Any] | None = None,
-    **job: Any,
+    model_checkpoint: str | None = None,
+    **options: Any,
 ) -> Rescored:
     """Score and select with one checkpoint; a checkpoint that has its round already gives that one.
 
     Args:
         store, scorer, checkpoint, fraction, strategy: as for `pipeline.run_round`.
-        guards: class_balance, min_per_class, exclude_noisy and most_disagreement of `select_round`.
-        job: further arguments of `pipeline.score_job.score_round`: scheduler, workers, device, progress, …
+        model_checkpoint: the weights of the model whose proxy the checkpoint is, to compare the two with; None for no
+            comparison.
+        options: further arguments of `pipeline.rounds.make_round`: guards, fallback, scheduler, workers, progress, …
+
+    Raises:
+        UsageError: arguments that no round can be made with.
+        DynamsError: of the step that failed.
     """
-    selected_count(fraction, 0)  # wrong arguments are refused before the scoring, not after
+    # wrong arguments are refused before the scoring, not after
+    require_round(fraction, strategy, options.get("fallback"), options.get("guards"))
     if Strategy.parse(strategy).seed is not None:
         raise UsageError(f"strategy {strategy!r} needs no checkpoint; use dynams select")
+    if model_checkpoint is not None and scorer.width == 1:
+        raise UsageError("there is nothing to compare a scorer of width 1 with: it is the model; name its --width")
     path = storage.absolute(checkpoint)
-    scored = score_round(store, scorer, checkpoint=path, **job)
-    result = select_round(
-        store, fraction=fraction, strategy=strategy, scores_of=scored.number, workers=job.get("workers"),
-        **(guards or {}),
-    )  # fmt: skip
-    return Rescored(path, result.round, result.published)
+    weights = SavedWeights(path, None if model_checkpoint is None else storage.absolute(model_checkpoint))
+    made = make_round(store, scorer, weights, fraction=fraction, strategy=strategy, as_newest=False, **options)
+    return Rescored(path, made.round, made.published)
+
+
+def model_beside(checkpoint: str, pattern: str) -> str | None:
+    """The model's checkpoint beside a proxy's: `pattern` with {name} filled in, the proxy's file name without ending.
+
+    Returns:
+        None, with a warning, where there is no such file.
+
+    Raises:
+        UsageError: the pattern has no {name}.
+    """
+    if "{name}" not in pattern:
+        raise UsageError(f"{pattern!r} has no {{name}} in it, for which a checkpoint's name without ending is put in")
+    name = storage.absolute(checkpoint).rsplit("/", 1)[-1].rpartition(".")[0]
+    path = storage.absolute(pattern.replace("{name}", name))
+    if not storage.exists(path):
+        logger.warning(f"{path}: not there; {checkpoint} is not compared with its model")
+        return None
+    return path
 
 
 def checkpoints(folder: str) -> list[str]:

@@ -23,10 +23,15 @@ from pipeline.cluster import dask_client
 from pipeline.compare_job import compare_with_model
 from pipeline.ranks import has_several_ranks, on_rank_zero
 from pipeline.score_job import Progress, score_round
-from pipeline.select_job import MOST_DISAGREEMENT, require_options, select_round
+from pipeline.select_job import MOST_DISAGREEMENT, SelectResult, require_options, select_round
 from pipeline.weights import SavedWeights, save_for_workers
 
 logger = logging.getLogger(__name__)
+
+CHECK_SAMPLES = 2000
+"""Samples that a proxy is compared with its model on: the overlap's standard error is 0.03 at γ = 0.1."""
+LEAST_OVERLAP = 0.5
+"""Below it a proxy warns: on MNIST models trained by such proxies end up worse (`docs/method.md`)."""
 
 
 def run_round(
@@ -48,8 +53,8 @@ def run_round(
     min_per_class: int = 0,
     exclude_noisy: bool = False,
     most_disagreement: float = MOST_DISAGREEMENT,
-    check_samples: int = 2000,
-    least_overlap: float = 0.5,
+    check_samples: int = CHECK_SAMPLES,
+    least_overlap: float = LEAST_OVERLAP,
     fallback: Literal["full"] | None = None,
 ) -> Round:
     """Score the whole dataset with the current weights, select, and publish the round.
@@ -96,23 +101,25 @@ def run_round(
             store, scorer, saved, fraction=fraction, strategy=strategy, epoch=epoch, client=client,
             scheduler=scheduler, workers=workers, device=device, max_errors=max_errors, progress=progress,
             check_samples=check_samples, least_overlap=least_overlap, fallback=fallback, guards=guards,
-        )  # fmt: skip
+        ).round  # fmt: skip
 
     return on_rank_zero(store, work, deadline) if has_several_ranks() else work()
 
 
-def require_round(fraction: float | str, strategy: str, fallback: str | None, guards: Mapping[str, Any]) -> None:
+def require_round(fraction: float | str, strategy: str, fallback: str | None, guards: Mapping[str, Any] | None) -> None:
     """Check what a round is asked for.
 
     Args:
-        guards: class_balance, min_per_class, exclude_noisy and most_disagreement.
+        fraction, strategy, fallback: as for `run_round`.
+        guards: class_balance, min_per_class, exclude_noisy and most_disagreement; those left out are at their defaults.
 
     Raises:
         UsageError: the fraction, the strategy, the quotas of classes or the fallback is not one.
         MissingExtraError: cleanlab is needed and missing.
     """
-    quotas = ClassQuotas(guards["class_balance"], guards["min_per_class"])
-    require_options(Strategy.parse(strategy), quotas, guards["exclude_noisy"])
+    asked = guards or {}
+    quotas = ClassQuotas(asked.get("class_balance", False), asked.get("min_per_class", 0))
+    require_options(Strategy.parse(strategy), quotas, asked.get("exclude_noisy", False))
     selected_count(fraction, 0)
     if fallback not in (None, "full"):
         raise UsageError(f'fallback is {fallback!r}; "full" scores with the model, None does nothing')
@@ -125,30 +132,32 @@ def make_round(
     *,
     fraction: float | str,
     strategy: str,
-    epoch: int | None,
-    client: Client | None,
-    scheduler: str | None,
-    workers: int | None,
-    device: str,
-    check_samples: int,
-    least_overlap: float,
-    fallback: str | None,
-    guards: Mapping[str, Any],
+    epoch: int | None = None,
+    client: Client | None = None,
+    scheduler: str | None = None,
+    workers: int | None = None,
+    device: str = "cpu",
+    check_samples: int = CHECK_SAMPLES,
+    least_overlap: float = LEAST_OVERLAP,
+    fallback: str | None = None,
+    guards: Mapping[str, Any] | None = None,
+    as_newest: bool = True,
     **job: Any,
-) -> Round:
+) -> SelectResult:
     """`run_round` in this process, with saved weights (None for a random order, which has no scores).
 
-    `guards` are `select_round`'s, further arguments `score_round`'s.
+    `guards` and `as_newest` are `select_round`'s, further arguments `score_round`'s.
     """
     select = partial(
-        select_round, store, fraction=fraction, strategy=strategy, workers=workers, as_newest=True, **guards
-    )
+        select_round, store, fraction=fraction, strategy=strategy, workers=workers, as_newest=as_newest,
+        **(guards or {}),
+    )  # fmt: skip
     if weights is None:
-        return select().round
+        return select()
     job |= {"epoch": epoch, "scheduler": scheduler, "workers": workers, "device": device}
     if weights.model is None:
         scored = score_round(store, scorer, checkpoint=weights.scorer, client=client, **job)
-        return select(scores_of=scored.number).round
+        return select(scores_of=scored.number)
     with dask_client(client, scheduler=scheduler, workers=workers, device=device) as connected:
         scored = score_round(store, scorer, checkpoint=weights.scorer, client=connected, **job)
         found = compare_with_model(
@@ -158,7 +167,7 @@ def make_round(
         if has_drifted(found, least_overlap) and fallback == "full":
             full = replace(scorer, width=1.0)
             scored = score_round(store, full, checkpoint=weights.model, client=connected, **job)
-    return select(scores_of=scored.number, faithfulness=found).round
+    return select(scores_of=scored.number, faithfulness=found)
 
 
 def has_drifted(found: Faithfulness, least_overlap: float) -> bool:

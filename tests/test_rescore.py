@@ -15,9 +15,9 @@ import torch
 from distributed import Client
 
 import toy_models
-from dynams_stream import ScorerSpec, SelectedDataset, Store
+from dynams_stream import ParameterSharingProxy, ScorerSpec, SelectedDataset, Store
 from dynams_stream.errors import CheckpointError, UsageError
-from pipeline.rescore import checkpoints, newest_checkpoint, rescore, watch
+from pipeline.rescore import checkpoints, model_beside, newest_checkpoint, rescore, watch
 
 SPEC = ScorerSpec(model="toy_models:linear", input="png", label="cls", transform="toy_models:gray")
 ENVIRONMENT = {**os.environ, "PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), *filter(None, sys.path)])}
@@ -37,6 +37,36 @@ def test_rescore_makes_a_round_once(digit_store: Store, client: Client, tmp_path
     assert (first.round.number, first.published, first.round.counts["selected"]) == (1, True, 288)
     again = rescore(digit_store, SPEC, path, fraction=0.2, client=client)
     assert (again.round.number, again.published) == (1, False)
+
+
+def test_a_proxy_is_compared_with_the_model_beside_it(
+    digit_store: Store, client: Client, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    torch.manual_seed(0)
+    network = ParameterSharingProxy(toy_models.small_cnn(), width=0.5)
+    network.save(tmp_path / "3.safetensors", epoch=3)
+    (tmp_path / "full").mkdir()
+    pattern = str(tmp_path / "full" / "{name}.pt")
+    slim = str(tmp_path / "3.safetensors")
+    assert model_beside(slim, pattern) is None
+    assert "3.pt: not there" in caplog.text
+    torch.save(network.model.state_dict(), tmp_path / "full" / "3.pt")
+    model = model_beside(slim, pattern)
+    assert model == str(tmp_path / "full" / "3.pt")
+    spec = ScorerSpec(model="toy_models:small_cnn", input="png", label="cls", transform="toy_models:gray", width=0.5)
+    made = rescore(digit_store, spec, slim, fraction=0.2, model_checkpoint=model, client=client)
+    found = made.round.manifest["faithfulness"]
+    assert (found["samples"], found["fraction"], made.round.epoch) == (1437, 0.2, 3)
+    again = rescore(digit_store, spec, slim, fraction=0.2, model_checkpoint=model, client=client)
+    assert (again.round.number, again.published) == (made.round.number, False)
+    full = rescore(
+        digit_store, spec, slim, fraction=0.3, model_checkpoint=model, client=client, least_overlap=1.0, fallback="full"
+    ).round
+    assert full.manifest["scorer"]["width"] == 1.0
+    with pytest.raises(UsageError, match=r"no \{name\} in it"):
+        model_beside(slim, "full/3.pt")
+    with pytest.raises(UsageError, match="width 1"):
+        rescore(digit_store, SPEC, slim, fraction=0.2, model_checkpoint=model, client=client)
 
 
 def test_watch_gives_the_newest_then_each_new_file_once_it_is_complete(tmp_path: Path) -> None:

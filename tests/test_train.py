@@ -5,10 +5,15 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
+from PIL import Image
 from typer.testing import CliRunner
 
+from dynams_stream import ParameterSharingProxy
 from dynams_stream.errors import UsageError
+from dynams_stream.scorer import load_callable
 from dynams_stream.selection import selected_count
 from dynams_stream.store import Store
 from tools.train import app, table, verdict
@@ -165,3 +170,35 @@ def test_the_examples_are_valid(name: str) -> None:
     assert set(config.methods) <= set(METHODS)
     assert len(config.seeds) >= 3
     assert config.schedule().fraction(config.training.epochs - 1) == pytest.approx(0.1)
+
+
+@pytest.mark.parametrize(("name", "size"), [("cifar10.toml", 32), ("imagenet.toml", 224)])
+def test_the_examples_for_machines_with_the_data_are_ready(name: str, size: int) -> None:
+    """What they name can be imported, fits together, and a proxy of the network can be made."""
+    config = read_config(Path(__file__).resolve().parents[1] / "examples" / name)
+    schedule = config.schedule()
+    assert sum(map(schedule.fraction, range(schedule.epochs))) / schedule.epochs == pytest.approx(0.6)
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 255, (40, 48), dtype=np.uint8))
+    if size == 32:
+        image = image.resize((32, 32))
+    for transform in (config.data.transform, config.data.train_transform):
+        tensor = load_callable(transform, "transform")(image)
+        assert (tensor.shape, tensor.dtype) == ((3, size, size), torch.float32)
+    model = load_callable(config.model.factory, "model")(**config.model.args)
+    network = ParameterSharingProxy(model, config.model.width, head=config.model.head).eval()
+    with torch.inference_mode():
+        logits, proxied = network(tensor.unsqueeze(0))
+    assert logits.shape == proxied.shape
+
+
+def test_smoothing_precision_and_augmentation_reach_the_loop(config: Path) -> None:
+    plain = config.read_text().replace("loader_workers = 0", "loader_workers = 0\nlabel_smoothing = 0.2\nbf16 = true")
+    inverted = plain.replace("[model]", 'train_transform = "toy_models:inverted"\n[model]')
+    accuracies = []
+    for text in (plain, inverted):
+        config.write_text(text)
+        arguments = ["--config", str(config), "--method", "full", "--workers", "1", "--json"]
+        (result,) = json.loads(CliRunner().invoke(app, arguments, catch_exceptions=False).stdout)["results"]
+        accuracies.append(result["accuracy"])
+    # Trained on inverted images and tested on the plain ones, it cannot know them.
+    assert accuracies[1] < accuracies[0] - 0.2

@@ -55,6 +55,11 @@ def gray(image: Image.Image) -> Tensor:
     return torch.from_numpy(np.asarray(image.convert("L"), dtype=np.float32) / 255).unsqueeze(0)
 
 
+def inverted(image: Image.Image) -> Tensor:
+    """`gray`, with black and white exchanged."""
+    return 1 - gray(image)
+
+
 def picky(image: Image.Image) -> Tensor:
     """Refuses images whose first pixels are dark in a certain way, as a broken transform would."""
     tensor = gray(image)

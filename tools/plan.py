@@ -16,7 +16,7 @@ from dynams_stream.costs import StepCosts, count_flops, measure_seconds
 from dynams_stream.errors import HeadError, UnsupportedLayerError, UsageError
 from dynams_stream.power_law import fit_power_law
 from dynams_stream.samples import SelectedSamples
-from dynams_stream.schedule import SCHEDULES, Schedule
+from dynams_stream.schedule import SCHEDULES, Schedule, make_schedule
 from dynams_stream.scorer import Scorer, ScorerSpec, build_network
 from dynams_stream.store import Store
 from pipeline.score_job import first_extensions
@@ -75,6 +75,9 @@ def plan(
     warmup: Annotated[int, typer.Option("--warmup", min=0, help="First epochs, on everything.")] = 2,
     anneal: Annotated[int, typer.Option("--anneal", min=0, help="Last epochs, on everything.")] = 0,
     interval: Annotated[int, typer.Option("--interval", min=1, help="Epochs of a round.")] = 1,
+    steps: Annotated[
+        int | None, typer.Option("--steps", min=1, help="Stages of the step schedule (3 unless given).")
+    ] = None,
     width: Annotated[float, typer.Option("--width", help="Width of the proxy; 1: the model itself scores.")] = 0.5,
     every: Annotated[int, typer.Option("--every", min=1, help="The proxy takes part in each n-th step.")] = 1,
     model_args: ModelArgsOption = "{}",
@@ -101,8 +104,15 @@ def plan(
     """
     if plot is not None:
         require_matplotlib()
-    chosen = _schedule(
-        schedule, epochs=epochs, warmup=warmup, anneal=anneal, interval=interval, final=final, budget=budget
+    chosen = make_schedule(
+        schedule,
+        steps=steps,
+        epochs=epochs,
+        warmup=warmup,
+        anneal=anneal,
+        interval=interval,
+        final=final,
+        budget=budget,
     )
     spec = scorer_spec(model, model_args, head, 1.0, input, "", transform, batch_size)
     law = None if points is None else fit_power_law(*read_points(points))
@@ -164,12 +174,6 @@ def _compare(
         settings = result["proxy_settings"] if unit == "FLOPs" else []
         parts.append(verdict_text(of_unit, settings, unit, schedule.interval))
     return result, parts
-
-
-def _schedule(name: str, **arguments: Any) -> Schedule:
-    if name not in SCHEDULES:
-        raise UsageError(f"--schedule {name!r} is unknown; choose from {', '.join(SCHEDULES)}")
-    return SCHEDULES[name](**arguments)
 
 
 def read_points(path: Path) -> tuple[list[float], list[float]]:

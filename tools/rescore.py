@@ -12,7 +12,8 @@ import typer
 from dynams_stream.errors import DynamsError, UsageError
 from dynams_stream.scorer import ScorerSpec
 from dynams_stream.store import Store
-from pipeline.rescore import Rescored, newest_checkpoint, rescore, watch
+from pipeline.rescore import Rescored, model_beside, newest_checkpoint, rescore, watch
+from pipeline.rounds import CHECK_SAMPLES, LEAST_OVERLAP
 from pipeline.select_job import MOST_DISAGREEMENT
 from tools.command import ConfigOption, DebugOption, JsonOption, StoreOption, WorkersOption, run, say, show
 from tools.scoring_options import (
@@ -62,6 +63,22 @@ def rescore_command(
     min_per_class: MinPerClassOption = 0,
     exclude_noisy: ExcludeNoisyOption = False,
     most_disagreement: MostDisagreementOption = MOST_DISAGREEMENT,
+    compare_with: Annotated[
+        str | None,
+        typer.Option(
+            "--compare-with",
+            help="The model's checkpoint beside each proxy's, such as 'full/{name}.pt': tells how alike they select.",
+        ),
+    ] = None,
+    check_samples: Annotated[
+        int, typer.Option("--check-samples", min=1, help="How many samples to compare on.")
+    ] = CHECK_SAMPLES,
+    least_overlap: Annotated[
+        float, typer.Option("--least-overlap", min=0, max=1, help="Of the two selections, below which to warn.")
+    ] = LEAST_OVERLAP,
+    fallback: Annotated[
+        str | None, typer.Option("--fallback", help='"full" then scores everything with the model.')
+    ] = None,
     input: InputOption = None,
     label: LabelOption = None,
     transform: TransformOption = None,
@@ -91,17 +108,18 @@ def rescore_command(
         "most_disagreement": most_disagreement,
     }
     job = {
-        "scheduler": scheduler, "workers": workers, "device": device, "max_errors": max_errors, "guards": guards
+        "scheduler": scheduler, "workers": workers, "device": device, "max_errors": max_errors, "guards": guards,
+        "check_samples": check_samples, "least_overlap": least_overlap, "fallback": fallback,
     }  # fmt: skip
     if (checkpoint is None) == (watched is None):
         raise UsageError("give one of --checkpoint FILE and --watch FOLDER")
     if watched is None or once:
         path = checkpoint if checkpoint is not None else newest_checkpoint(str(watched))
-        _report(_rescore(store, spec, path, fraction, strategy, job), json)
+        _report(_rescore(store, spec, path, fraction, strategy, compare_with, job), json)
         return
     say(f"watching {watched} every {every:g} s; Ctrl-C stops")
     for path in watch(str(watched), every=every):
-        work = partial(_rescore, store, spec, path, fraction, strategy, job)
+        work = partial(_rescore, store, spec, path, fraction, strategy, compare_with, job)
         _patiently(lambda work=work: _report(work(), json), path, every)
 
 
@@ -120,10 +138,20 @@ def _patiently(work: Callable[[], None], path: str, every: float) -> None:
 
 
 def _rescore(
-    store: str, spec: ScorerSpec, checkpoint: str, fraction: str, strategy: str, job: dict[str, object]
+    store: str,
+    spec: ScorerSpec,
+    checkpoint: str,
+    fraction: str,
+    strategy: str,
+    compare_with: str | None,
+    job: dict[str, object],
 ) -> Rescored:
+    model = None if compare_with is None else model_beside(checkpoint, compare_with)
     with scoring_progress() as progress:
-        return rescore(Store(store), spec, checkpoint, fraction=fraction, strategy=strategy, progress=progress, **job)
+        return rescore(
+            Store(store), spec, checkpoint, fraction=fraction, strategy=strategy, model_checkpoint=model,
+            progress=progress, **job,
+        )  # fmt: skip
 
 
 def _report(result: Rescored, as_json: bool) -> None:

@@ -88,7 +88,7 @@ def round_summary(published: Round) -> dict[str, object]:
     """What `select`, `rescore` and `status` tell of a round."""
     manifest = published.manifest
     names = ("epoch", "strategy", "fraction", "threshold", "counts", "scores_of", "ended")
-    return {name: manifest[name] for name in names} | {"guards": manifest.get("guards")}
+    return {name: manifest[name] for name in names} | {name: manifest.get(name) for name in ("guards", "faithfulness")}
 
 
 def in_words(result: SelectResult, store: str) -> str:

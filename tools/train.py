@@ -55,7 +55,7 @@ def train(
     require_matplotlib()
     data, test = prepare_data(chosen)
     planned = announce(chosen, data)
-    with dask_client(scheduler=scheduler, workers=workers) as client:
+    with dask_client(scheduler=scheduler, workers=workers, device=chosen.training.device) as client:
         results = [
             _finished(chosen, name, number) or _run(chosen, name, number, data, test, client)
             for number in chosen.seeds
@@ -83,7 +83,7 @@ def announce(config: RunConfig, data: Store) -> Path:
     schedule, samples = config.schedule(), data.dataset().samples
     width, every = config.model.width, config.model.every
     image, *_ = DecodeImage(config, data)(SelectedSamples(data, round=None)[0])
-    costs = count_flops(build_model(config), image.shape, [width], head=config.model.head)[width]
+    costs = count_flops(build_model(config).cpu(), image.shape, [width], head=config.model.head)[width]
     say(schedule_text(schedule, schedule_rows(schedule, samples)))
     say("")
     say(cost_text(compared(schedule, samples, costs, width=width, every=every), "FLOPs"))

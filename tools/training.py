@@ -60,15 +60,17 @@ class RunResult:
 class DecodeImage:
     """The stage from a raw sample to (image tensor, label, place in the dataset, weight); picklable, for workers."""
 
-    def __init__(self, config: RunConfig, store: Store):
-        self.transform, self.input, self.label = config.data.transform, config.data.input, config.data.label
+    def __init__(self, config: RunConfig, store: Store, *, training: bool = False):
+        data = config.data
+        self.transform = (data.train_transform if training else None) or data.transform
+        self.input, self.label = data.input, data.label
         dataset = store.dataset()
         self._starts = dict(zip(dataset.urls, (np.cumsum(dataset.counts) - dataset.counts).tolist(), strict=True))
         self._apply: Callable[[Image.Image], Tensor] | None = None
 
     def __call__(self, sample: dict[str, Any]) -> tuple[Tensor, int, int, float]:
         if self._apply is None:
-            self._apply = load_callable(self.transform, "data.transform")
+            self._apply = load_callable(self.transform, "the data's transform")
         place = self._starts[sample["__url__"]] + sample["__row__"]
         with Image.open(io.BytesIO(sample[self.input])) as image:
             return self._apply(image), int(sample[self.label]), place, sample.get("__weight__", 1.0)
@@ -109,9 +111,17 @@ def train_run(
 
 
 def build_model(config: RunConfig) -> nn.Module:
-    """The network of a configuration, in the layout of memory that it asks for."""
+    """The network of a configuration, on its device and in the layout of memory that it asks for."""
     model: nn.Module = load_callable(config.model.factory, "model.factory")(**config.model.args)
-    return model.to(memory_format=_memory_format(config))
+    return model.to(config.training.device, memory_format=_memory_format(config))
+
+
+def _on_device(config: RunConfig, images: Tensor) -> Tensor:
+    return images.to(config.training.device, memory_format=_memory_format(config), non_blocking=True)
+
+
+def _autocast(config: RunConfig) -> torch.autocast:
+    return torch.autocast(config.training.device, torch.bfloat16, enabled=config.training.bf16)
 
 
 def _memory_format(config: RunConfig) -> torch.memory_format:
@@ -135,8 +145,9 @@ class _Run:
         training = config.training
         self.dataset = SelectedDataset(store, batch_size=training.batch_size, seed=rounds.seed)
         self.loader = DataLoader(
-            self.dataset.map(DecodeImage(config, store)),
+            self.dataset.map(DecodeImage(config, store, training=True)),
             batch_size=training.batch_size,
+            pin_memory=training.device == "cuda",
             num_workers=training.loader_workers,
             persistent_workers=training.loader_workers > 0,
             multiprocessing_context="forkserver" if training.loader_workers > 0 else None,
@@ -163,11 +174,16 @@ class _Run:
                 break
 
     def _step(self, network: nn.Module, images: Tensor, labels: Tensor, places: Tensor, weights: Tensor) -> None:
-        outputs: _Outputs = network(images.to(memory_format=_memory_format(self.config)))
-        losses: list[Tensor] = []
+        training, losses = self.config.training, []
+        labels, weights = (one.to(training.device, non_blocking=True) for one in (labels, weights))
+        with _autocast(self.config):
+            outputs: _Outputs = network(_on_device(self.config, images))
 
         def criterion(logits: Tensor, labels: Tensor) -> Tensor:
-            losses.append(nn.functional.cross_entropy(logits, labels, reduction="none"))
+            smoothing = training.label_smoothing
+            losses.append(
+                nn.functional.cross_entropy(logits.float(), labels, reduction="none", label_smoothing=smoothing)
+            )
             return (losses[-1] * weights).mean()
 
         if isinstance(outputs, Tensor):
@@ -180,7 +196,7 @@ class _Run:
         self.optimizer.step()
         self.learning_rate.step()
         if self.rounds.observes:
-            self.rounds.observe(places.numpy(), losses[0].detach().numpy())
+            self.rounds.observe(places.numpy(), losses[0].detach().cpu().numpy())
         self.samples, self.steps = self.samples + len(labels), self.steps + 1
 
 
@@ -198,9 +214,9 @@ def accuracy(config: RunConfig, model: nn.Module, test: Store) -> float:
     right = total = 0
     was_training = model.training
     model.eval()
-    with torch.inference_mode():
+    with torch.inference_mode(), _autocast(config):
         for images, labels, *_ in DataLoader(dataset, batch_size=500):
-            right += int((model(images.to(memory_format=_memory_format(config))).argmax(dim=1) == labels).sum())
+            right += int((model(_on_device(config, images)).argmax(dim=1).cpu() == labels).sum())
             total += len(labels)
     model.train(was_training)
     return right / total

@@ -9,7 +9,7 @@ from typing import Any, Literal, get_args
 import pydantic
 
 from dynams_stream.errors import UsageError
-from dynams_stream.schedule import SCHEDULES, Schedule
+from dynams_stream.schedule import Schedule, make_schedule
 
 Method = Literal["full", "short", "random", "fresh-random", "static", "infobatch", "dynams"]
 METHODS: tuple[Method, ...] = get_args(Method)
@@ -34,6 +34,8 @@ class DataConfig(_Strict):
 
     `wrong_labels` of the training images get another class, drawn at random. `imbalance` makes a long tail: classes
     fall geometrically from all of their training images to one `imbalance`-th. Both are drawn with `seed`.
+    `train_transform`, where there is one, takes the place of `transform` in training: it may augment. Scoring and
+    testing never do.
     """
 
     dataset: str
@@ -43,12 +45,13 @@ class DataConfig(_Strict):
     imbalance: float = pydantic.Field(1.0, ge=1)
     seed: int = pydantic.Field(0, ge=0)
     transform: str
+    train_transform: str | None = None
     input: str = "png"
     label: str = "cls"
 
 
 class ModelConfig(_Strict):
-    """The network and its proxy: p, how often it takes part in a step, in which epochs before a round, and λ."""
+    """The network and its proxy: p, how often it takes part in a step, and λ."""
 
     factory: str
     args: dict[str, Any] = {}
@@ -56,18 +59,20 @@ class ModelConfig(_Strict):
     channels_last: bool = False
     width: float = pydantic.Field(0.5, gt=0, le=1)
     every: int = pydantic.Field(1, ge=1)
-    proxy_epochs: int | None = pydantic.Field(None, ge=1)
     proxy_weight: float = pydantic.Field(1.0, ge=0)
 
 
 class TrainingConfig(_Strict):
-    """Epochs, batches and the optimizer: SGD with Nesterov momentum, one cycle of the learning rate."""
+    """Epochs, batches and the optimizer: SGD with Nesterov momentum, one cycle of the learning rate; where it runs."""
 
     epochs: int = pydantic.Field(ge=1)
     batch_size: int = pydantic.Field(64, ge=1)
     learning_rate: float = pydantic.Field(0.1, gt=0)
     momentum: float = pydantic.Field(0.9, ge=0, lt=1)
     weight_decay: float = pydantic.Field(5e-4, ge=0)
+    label_smoothing: float = pydantic.Field(0.0, ge=0, lt=1)
+    device: Literal["cpu", "cuda"] = "cpu"
+    bf16: bool = False
     loader_workers: int = pydantic.Field(1, ge=0)
 
 
@@ -80,6 +85,7 @@ class SelectionConfig(_Strict):
     warmup: int = pydantic.Field(2, ge=0)
     anneal: int = pydantic.Field(0, ge=0)
     interval: int = pydantic.Field(1, ge=1)
+    steps: int | None = pydantic.Field(None, ge=1)
     strategy: str = "distance"
     class_balance: bool = False
     min_per_class: int = pydantic.Field(0, ge=0)
@@ -101,7 +107,9 @@ class RunConfig(_Strict):
     def schedule(self) -> Schedule:
         """The schedule of fractions."""
         chosen = self.selection
-        return SCHEDULES[chosen.schedule](
+        return make_schedule(
+            chosen.schedule,
+            steps=chosen.steps,
             epochs=self.training.epochs,
             warmup=chosen.warmup,
             anneal=chosen.anneal,

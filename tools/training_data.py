@@ -14,7 +14,7 @@ from pipeline.shards import Sample, Source, open_source, write_shards
 from tools.command import progress_bar
 from tools.training_config import DataConfig, RunConfig
 
-_NOT_IN_SHARDS = {"transform", "input", "label"}
+_NOT_IN_SHARDS = {"transform", "train_transform", "input", "label"}
 """Settings of the data that do not change its shards."""
 
 Integers = npt.NDArray[np.int64]

@@ -59,8 +59,8 @@ class Rounds:
         return self._infobatch is not None
 
     def trains_proxy(self, epoch: int) -> bool:
-        """Whether the proxy is trained along in `epoch`: until the last round that it scores has begun, at the most."""
-        later = self.config.schedule().rounds_follow(epoch, self.config.model.proxy_epochs)
+        """Whether the proxy is trained along in `epoch`: until the last round that it scores has begun."""
+        later = self.config.schedule().rounds_follow(epoch)
         return self.has_proxy and later and (self.method == "dynams" or self._scores is None)
 
     def observe(self, places: npt.NDArray[np.int64], losses: npt.NDArray[np.float32]) -> None:
@@ -88,7 +88,7 @@ class Rounds:
         if self._scores is None or self.method == "dynams":
             made = run_round(
                 self.store, scorer_spec(self.config), weights=network, fraction=fraction, epoch=epoch,
-                strategy=strategy, client=self.client, **guards,
+                strategy=strategy, client=self.client, device=self.config.training.device, **guards,
             )  # fmt: skip
             self._scores = made.number
             self.scored += self.store.dataset().samples
