@@ -76,7 +76,7 @@ BASE: dict[str, dict[str, Any]] = {
         "width": 0.5,
     },
     "training": {"epochs": 12, "batch_size": 128, "learning_rate": 0.1, "loader_workers": 0},
-    "selection": {"schedule": "power", "final": 0.1, "warmup": 2, "interval": 5},
+    "selection": {"schedule": "power", "final": 0.1, "warmup": 2, "interval": 5, "calibration_samples": 2000},
 }
 
 # ---- the settings ----------------------------------------------------------------------------------------------------
@@ -98,6 +98,9 @@ def headline() -> Iterator[Setting]:
         yield Setting("fresh random", "fresh-random", condition)
         yield Setting("static distance", "static", condition)
         yield dynams("DynaMS, proxy", condition)
+        for interval in (2, 3):
+            yield dynams(f"DynaMS, proxy, interval {interval}", condition, interval=interval)
+        yield dynams("DynaMS, proxy, not calibrated", condition, calibration_samples=0)
         yield dynams("DynaMS, model", condition, **BY_MODEL)
         yield dynams("DynaMS, model, |margin|", condition, strategy="abs(margin)", **BY_MODEL)
 
@@ -167,8 +170,8 @@ GROUPS = {"headline": headline, "budgets": budgets, "frontier": frontier}
 
 
 def digest(setting: Setting, folder: Path) -> str:
-    """What a result depends on, its seed aside. Settings at their default are left out, so that new ones may come."""
-    config = setting.config(folder).model_dump_json(exclude={"methods", "seeds", "out"}, exclude_defaults=True)
+    """What a result depends on, its seed aside. Settings that are not named are left out, so that new ones may come."""
+    config = setting.config(folder).model_dump_json(exclude={"methods", "seeds", "out"}, exclude_unset=True)
     return hashlib.sha256(f"{setting.method} {config}".encode()).hexdigest()[:16]
 
 

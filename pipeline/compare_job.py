@@ -90,9 +90,9 @@ def compare_with_model(
     return compare_scorers(proxy, model, strategy=strategy, fraction=fraction)
 
 
-def sample_rows(dataset: Dataset, samples: int) -> list[PartRows]:
-    """Rows at random, but the same ones for the same dataset: from at most 32 parts, each sample of those alike."""
-    generator = np.random.default_rng(int(dataset.digest[:16], 16))
+def sample_rows(dataset: Dataset, samples: int, seed: int = 0) -> list[PartRows]:
+    """Rows at random, but the same ones for the same dataset and seed: from at most 32 parts, each of theirs alike."""
+    generator = np.random.default_rng([int(dataset.digest[:16], 16), seed])
     filled = [part for part in dataset.parts if part.samples]
     numbers = np.sort(generator.choice(len(filled), min(MOST_PARTS, len(filled)), replace=False))
     parts = [filled[number] for number in numbers]
@@ -114,11 +114,12 @@ def score_rows(
     """The score columns of some rows, in order; NaN where a sample failed. Runs on a worker."""
     scorer = worker_scorer(spec, checkpoint, sha256, device)
     decode = Decoder(scorer, Clock())
-    batches = [score_by_shape(scorer, decode(pieces)) for pieces in _batches(store, chosen, spec.batch_size)]
+    batches = [score_by_shape(scorer, decode(pieces)) for pieces in row_batches(store, chosen, spec.batch_size)]
     return {name: np.concatenate([batch[name] for batch in batches]) for name in schema.SCORE_COLUMNS}
 
 
-def _batches(store: Store, chosen: list[PartRows], batch_size: int) -> Iterator[list[ShardRows]]:
+def row_batches(store: Store, chosen: list[PartRows], batch_size: int) -> Iterator[list[ShardRows]]:
+    """The rows, in runs of `batch_size`, ready to be read."""
     pieces: list[ShardRows] = []
     for some in chosen:
         indexes = read_part_index(store.path(some.part.index_file))

@@ -19,6 +19,7 @@ from dynams_stream.scorer import ScorerSpec
 from dynams_stream.selection import selected_count
 from dynams_stream.store import Round, Store
 from dynams_stream.strategy import Strategy
+from pipeline.calibrate_job import calibrated
 from pipeline.cluster import dask_client
 from pipeline.compare_job import compare_with_model
 from pipeline.ranks import has_several_ranks, on_rank_zero
@@ -53,6 +54,7 @@ def run_round(
     min_per_class: int = 0,
     exclude_noisy: bool = False,
     most_disagreement: float = MOST_DISAGREEMENT,
+    calibration_samples: int = 0,
     check_samples: int = CHECK_SAMPLES,
     least_overlap: float = LEAST_OVERLAP,
     fallback: Literal["full"] | None = None,
@@ -74,6 +76,8 @@ def run_round(
         deadline: under `torch.distributed`, seconds the other ranks wait for rank 0.
         class_balance, min_per_class, exclude_noisy, most_disagreement: what becomes of classes and of suspected label
             errors; see `pipeline.select_job.select_round`.
+        calibration_samples: first re-estimate the batch normalisation statistics of what scores from so many samples
+            of the whole dataset, in a copy of the weights. Worth it in the middle of a training run (2,000, say).
         check_samples: with a `ParameterSharingProxy` as weights, how many samples are scored by its model, too, to tell
             how well the proxy stands in for it: `faithfulness` in `round.json`, and in the log. 0 for none.
         least_overlap: of the two selections on those samples, below which the log warns.
@@ -100,7 +104,8 @@ def run_round(
         return make_round(
             store, scorer, saved, fraction=fraction, strategy=strategy, epoch=epoch, client=client,
             scheduler=scheduler, workers=workers, device=device, max_errors=max_errors, progress=progress,
-            check_samples=check_samples, least_overlap=least_overlap, fallback=fallback, guards=guards,
+            calibration_samples=calibration_samples, check_samples=check_samples, least_overlap=least_overlap,
+            fallback=fallback, guards=guards,
         ).round  # fmt: skip
 
     return on_rank_zero(store, work, deadline) if has_several_ranks() else work()
@@ -137,6 +142,7 @@ def make_round(
     scheduler: str | None = None,
     workers: int | None = None,
     device: str = "cpu",
+    calibration_samples: int = 0,
     check_samples: int = CHECK_SAMPLES,
     least_overlap: float = LEAST_OVERLAP,
     fallback: str | None = None,
@@ -155,18 +161,24 @@ def make_round(
     if weights is None:
         return select()
     job |= {"epoch": epoch, "scheduler": scheduler, "workers": workers, "device": device}
-    if weights.model is None:
+    if weights.model is None and not calibration_samples:
         scored = score_round(store, scorer, checkpoint=weights.scorer, client=client, **job)
         return select(scores_of=scored.number)
+    found = None
     with dask_client(client, scheduler=scheduler, workers=workers, device=device) as connected:
+        full = replace(scorer, width=1.0)
+        if calibration_samples:
+            prepare = partial(calibrated, store, samples=calibration_samples, client=connected, device=device)
+            model = None if weights.model is None else prepare(full, weights.model)
+            weights = SavedWeights(prepare(scorer, weights.scorer), model)
         scored = score_round(store, scorer, checkpoint=weights.scorer, client=connected, **job)
-        found = compare_with_model(
-            store, scored, weights.model, strategy=Strategy.parse(strategy), fraction=fraction, samples=check_samples,
-            client=connected, device=device,
-        )  # fmt: skip
-        if has_drifted(found, least_overlap) and fallback == "full":
-            full = replace(scorer, width=1.0)
-            scored = score_round(store, full, checkpoint=weights.model, client=connected, **job)
+        if weights.model is not None:
+            found = compare_with_model(
+                store, scored, weights.model, strategy=Strategy.parse(strategy), fraction=fraction,
+                samples=check_samples, client=connected, device=device,
+            )  # fmt: skip
+            if has_drifted(found, least_overlap) and fallback == "full":
+                scored = score_round(store, full, checkpoint=weights.model, client=connected, **job)
     return select(scores_of=scored.number, faithfulness=found)
 
 

@@ -110,7 +110,7 @@ def _decode_threads() -> int:
     return max(2, _cores())
 
 
-def _device(device: str) -> str:
+def worker_device(device: str) -> str:
     """The GPU of this worker: workers of a local cluster are numbered and share the machine's GPUs in turn."""
     if device != "cuda":
         return device
@@ -130,7 +130,7 @@ def worker_scorer(spec: ScorerSpec, checkpoint: str | None, sha256: str | None, 
     """
     torch.set_num_threads(_cores())
     with _building:
-        return _cached_scorer(_Hashable(spec), checkpoint, sha256, _device(device))
+        return _cached_scorer(_Hashable(spec), checkpoint, sha256, worker_device(device))
 
 
 class _Hashable:

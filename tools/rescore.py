@@ -70,6 +70,10 @@ def rescore_command(
             help="The model's checkpoint beside each proxy's, such as 'full/{name}.pt': tells how alike they select.",
         ),
     ] = None,
+    calibration_samples: Annotated[
+        int,
+        typer.Option("--calibration-samples", min=0, help="Samples to re-estimate batch normalisation from first."),
+    ] = 0,
     check_samples: Annotated[
         int, typer.Option("--check-samples", min=1, help="How many samples to compare on.")
     ] = CHECK_SAMPLES,
@@ -109,7 +113,8 @@ def rescore_command(
     }
     job = {
         "scheduler": scheduler, "workers": workers, "device": device, "max_errors": max_errors, "guards": guards,
-        "check_samples": check_samples, "least_overlap": least_overlap, "fallback": fallback,
+        "calibration_samples": calibration_samples, "check_samples": check_samples, "least_overlap": least_overlap,
+        "fallback": fallback,
     }  # fmt: skip
     if (checkpoint is None) == (watched is None):
         raise UsageError("give one of --checkpoint FILE and --watch FOLDER")

@@ -91,6 +91,8 @@ class SelectionConfig(_Strict):
     min_per_class: int = pydantic.Field(0, ge=0)
     exclude_noisy: bool = False
     scorer: Literal["proxy", "model"] = "proxy"
+    fallback: Literal["full"] | None = None
+    calibration_samples: int = pydantic.Field(2000, ge=0)
 
 
 class RunConfig(_Strict):

@@ -88,7 +88,8 @@ class Rounds:
         if self._scores is None or self.method == "dynams":
             made = run_round(
                 self.store, scorer_spec(self.config), weights=network, fraction=fraction, epoch=epoch,
-                strategy=strategy, client=self.client, device=self.config.training.device, **guards,
+                strategy=strategy, client=self.client, device=self.config.training.device,
+                fallback=selection.fallback, calibration_samples=selection.calibration_samples, **guards,
             )  # fmt: skip
             self._scores = made.number
             self.scored += self.store.dataset().samples
