@@ -57,6 +57,9 @@ bench-full: bench-peers
 	$(BIN)/python benchmarks/decoding.py
 	$(BIN)/python benchmarks/proxy.py
 	$(BIN)/python benchmarks/teacher_student.py
+	$(BIN)/python benchmarks/accuracy.py headline
+	$(BIN)/python benchmarks/accuracy.py frontier
+	$(BIN)/python benchmarks/accuracy.py budgets
 
 # The peers need packages that this project must not: an environment of their own, which shares ours for the rest.
 bench-peers: install

@@ -102,7 +102,7 @@ def headline() -> Iterator[Setting]:
             yield dynams(f"DynaMS, proxy, interval {interval}", condition, interval=interval)
         yield dynams("DynaMS, proxy, not calibrated", condition, calibration_samples=0)
         yield dynams("DynaMS, model", condition, **BY_MODEL)
-        yield dynams("DynaMS, model, |margin|", condition, strategy="abs(margin)", **BY_MODEL)
+        yield dynams("DynaMS, model, abs(margin)", condition, strategy="abs(margin)", **BY_MODEL)
 
 
 def budgets() -> Iterator[Setting]:
@@ -127,7 +127,7 @@ def budgets() -> Iterator[Setting]:
             yield dynams(f"{budget}: DynaMS, proxy", condition, **power)
             for name, strategy in {
                 "DynaMS, model": "distance",
-                "DynaMS, model, |margin|": "abs(margin)",
+                "DynaMS, model, abs(margin)": "abs(margin)",
                 "largest loss, model": "-loss",
                 "largest EL2N, model": "-el2n",
             }.items():
@@ -207,6 +207,7 @@ def run(setting: Setting, seed: int, folder: Path) -> dict[str, Any]:
         "name": setting.name,
         **asdict(result),
         "fractions": [one["counts"]["selected"] / one["counts"]["all"] for one in rounds],
+        "label_disagreement": [one["guards"]["label_disagreement"] for one in rounds if one.get("guards")],
         "faithfulness": [one["faithfulness"] for one in rounds if one.get("faithfulness")],
     }
 

@@ -200,9 +200,7 @@ def plot(lines: list[dict[str, Any]], path: Path) -> None:
     wrongs = sorted({line["wrong"] for line in lines})
     figure = Figure(figsize=(1.2 + 3.2 * len(ratios), 2.9 * len(wrongs)), layout="constrained")
     axes = figure.subplots(len(wrongs), len(ratios), squeeze=False, sharex=True)
-    colours = dict(
-        zip(METHODS, ("#444444", "#9aa0a6", "#e0a458", "#1b6ca8", "#e58e99", "#d1495b", "#3a7d44"), strict=True)
-    )
+    colours = dict(zip(METHODS, COLOURS, strict=True))
     for line in lines:
         if line["fraction"] != fraction:
             continue
