@@ -76,7 +76,7 @@ def cut(parts: list[ScorePart], folder: Path, fraction: str, quotas: ClassQuotas
     )  # fmt: skip
 
 
-@settings(deadline=None, max_examples=250, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(deadline=None, max_examples=120, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(shards=tables, fraction=fractions, least=st.integers(1, 4), shards_per_part=st.integers(1, 4))
 def test_each_class_gives_its_least_and_scores_decide_on_the_rest(
     tmp_path_factory: pytest.TempPathFactory,
@@ -107,7 +107,7 @@ def test_each_class_gives_its_least_and_scores_decide_on_the_rest(
     }
 
 
-@settings(deadline=None, max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(deadline=None, max_examples=80, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(shards=tables, fraction=fractions, shards_per_part=st.integers(1, 4))
 def test_balanced_classes_give_the_same_share_each(
     tmp_path_factory: pytest.TempPathFactory, shards: list[list[Sample]], fraction: str, shards_per_part: int
