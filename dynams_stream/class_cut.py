@@ -33,7 +33,7 @@ from dynams_stream.ordered_map import OrderedMap
 from dynams_stream.strategy import Strategy
 
 _PENDING = 1 << 22
-"""Entries that are gathered before they are summed up."""
+"""Entries that are gathered, at least, before they are summed up."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -179,26 +179,28 @@ class _Sum:
     """Sparse counts by an int64, summed over parts."""
 
     def __init__(self) -> None:
+        self._total = _merged([])
         self._pending: list[KeyCounts] = []
         self._entries = 0
 
     def add(self, counts: KeyCounts) -> None:
         self._pending.append(counts)
         self._entries += len(counts.keys)
-        if self._entries > _PENDING:
+        # As many as the sum has, so that a large one is not gone through for every part.
+        if self._entries > max(_PENDING, len(self._total.keys)):
             self._compact()
 
     def result(self) -> tuple[Counts, Counts]:
         """Distinct keys, ascending, and the sum of each."""
         self._compact()
-        return self._pending[0].keys, self._pending[0].counts
+        return self._total.keys, self._total.counts
 
     def _compact(self) -> None:
-        self._pending = [merge(self._pending)]
-        self._entries = len(self._pending[0].keys) // 2  # what is summed already is not summed again at once
+        self._total = _merged([self._total, *self._pending])
+        self._pending, self._entries = [], 0
 
 
-def merge(several: Iterable[KeyCounts]) -> KeyCounts:
+def _merged(several: Iterable[KeyCounts]) -> KeyCounts:
     """The sum of sparse counts."""
     found = list(several)
     keys = np.concatenate([np.zeros(0, dtype=np.int64), *(one.keys for one in found)])
