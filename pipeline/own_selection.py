@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -38,7 +39,7 @@ def publish_rows(
         epoch: recorded.
 
     Returns:
-        The round. The newest one is returned as it is when it holds the same rows and weights.
+        The round. The newest one is returned as it is when it holds the same rows and weights of the same dataset.
 
     Raises:
         UsageError: rows that do not ascend or that a shard has not, or weights that do not fit them.
@@ -52,7 +53,7 @@ def publish_rows(
         digest.update(len(one).to_bytes(8, "little") + one.tobytes())
     intent = {"dataset": dataset.digest, "strategy": f"own:{strategy}", "rows": digest.hexdigest()}
     newest = store.rounds()[-1:]
-    if newest and newest[0].manifest.get("rows_digest") == digest.hexdigest():
+    if newest and _made_from(newest[0]) == intent:
         return newest[0]
     number = round_to_publish(store, None, intent)
     with selection_writer(store.path(schema.selection_path(number))) as writer:
@@ -78,6 +79,15 @@ def publish_rows(
     )
     manifest = round_manifest(store, dataset, number, None, {}, result, started)
     return store.publish(number, {**manifest, "epoch": epoch, "rows_digest": digest.hexdigest()})
+
+
+def _made_from(published: Round) -> dict[str, Any]:
+    manifest = published.manifest
+    return {
+        "dataset": manifest["dataset"]["digest"],
+        "strategy": manifest["strategy"],
+        "rows": manifest.get("rows_digest"),
+    }
 
 
 def _require_rows(dataset: Dataset, rows: list[npt.NDArray[np.int64]], weights: list[Weights] | None) -> None:

@@ -7,6 +7,7 @@ import pytest
 
 from dynams_stream import SelectedDataset, Store
 from dynams_stream.errors import UsageError
+from pipeline.index_job import build_index
 from pipeline.own_selection import publish_rows
 
 
@@ -39,7 +40,20 @@ def test_the_same_rows_again_are_the_same_round(digit_store: Store) -> None:
     assert publish_rows(digit_store, rows, strategy="mine").number == first.number
     assert publish_rows(digit_store, [one[:5] for one in rows], strategy="mine").number == 2
     assert publish_rows(digit_store, rows, strategy="mine").number == 3, "the newest is what loaders take"
+    assert publish_rows(digit_store, rows, strategy="another's").number == 4
     assert first.selection().weights(0) is None
+
+
+def test_the_same_rows_of_another_dataset_are_another_round(digit_store: Store, digit_shards: list[str]) -> None:
+    rows = rows_of(digit_store)
+    first = publish_rows(digit_store, rows, strategy="mine")
+    build_index(digit_store, digit_shards[::-1])
+    reversed_rows = [one[: len(digit_store.dataset().counts)] for one in rows]
+    second = publish_rows(digit_store, [one[:10] for one in reversed_rows], strategy="mine")
+    build_index(digit_store, digit_shards)
+    third = publish_rows(digit_store, [one[:10] for one in reversed_rows], strategy="mine")
+    assert [first.number, second.number, third.number] == [1, 2, 3]
+    assert third.dataset().urls == tuple(digit_shards)
 
 
 def test_rows_that_cannot_be(digit_store: Store) -> None:
