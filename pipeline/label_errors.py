@@ -48,11 +48,18 @@ def require_cleanlab() -> None:
 
 
 def score_history(store: Store, dataset: Dataset, newest: int) -> list[int]:
-    """The newest `MOST_TABLES` rounds up to `newest` that have all score tables of this dataset, oldest first."""
+    """The newest `MOST_TABLES` rounds up to `newest` that have all score tables of this dataset, oldest first.
+
+    Only those scored with the labels that `newest` was scored with: others say nothing about these.
+    """
     found: list[int] = []
+    label = None
     for number in reversed([one for one in store.round_numbers() if one <= newest]):
         done = finished_parts(store, number)
-        if len(done) == len(dataset.parts) and done[0].identity["dataset"]["digest"] == dataset.digest:
+        if len(done) < len(dataset.parts) or done[0].identity["dataset"]["digest"] != dataset.digest:
+            continue
+        label = done[0].identity["scorer"]["label"] if label is None else label
+        if done[0].identity["scorer"]["label"] == label:
             found.append(number)
         if len(found) == MOST_TABLES:
             break

@@ -140,6 +140,13 @@ def test_the_history_is_the_newest_complete_tables(noisy: Store, client: Client,
     select_round(noisy, fraction=0.2)  # a round without tables of its own
     assert score_history(noisy, noisy.dataset(), 6) == [1, 2, 4, 5, 6]
     assert score_history(noisy, noisy.dataset(), 5) == [1, 2, 4, 5]
+    # Tables without labels say nothing of labels: they do not make the others useless.
+    unlabelled = ScorerSpec(model="toy_models:linear", input="png", label="", transform="toy_models:gray")
+    number = score_round(noisy, unlabelled, checkpoint=checkpoint, client=client).number
+    newest = run_round(noisy, LINEAR, weights=trained(noisy, tmp_path / "9.pt", 9), fraction=0.5, client=client).number
+    history = score_history(noisy, noisy.dataset(), newest)
+    assert number not in history
+    assert history[-1] == newest
 
 
 def test_what_cannot_be_judged(noisy: Store, client: Client, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
