@@ -86,7 +86,8 @@ def _label_disagreement(
     store: Store, dataset: Dataset, number: int, scored: int, result: CutResult, high_loss: float
 ) -> float | None:
     per_shard = np.fromstring(result.selection["per_shard"], dtype=np.int64, sep=" ")
-    selection = Selection.open(store.path(schema.selection_path(number)), result.sha256, per_shard)
+    url, footer = store.path(schema.selection_path(number)), result.selection["footer_sha256"]
+    selection = Selection.open(url, result.sha256, per_shard, footer)
     generator = np.random.default_rng(int(dataset.digest[:16], 16))
     filled = [part for part in dataset.parts if per_shard[part.first_shard : part.first_shard + part.shards].any()]
     chosen = np.sort(generator.choice(len(filled), min(MOST_PARTS, len(filled)), replace=False)).tolist()
