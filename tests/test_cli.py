@@ -74,6 +74,11 @@ def test_a_running_scheduler_scores(tmp_path: Path, checkpoint: Path, client: Cl
     assert client.status == "running"
 
 
+def test_a_fallback_without_a_model_is_refused(tmp_path: Path, checkpoint: Path) -> None:
+    arguments = ("--store", tmp_path, "--fraction", "0.3", "--checkpoint", checkpoint, *SCORING, "--width", "0.5")
+    assert "--fallback needs --compare-with" in dynams("rescore", *arguments, "--fallback", "full", code=2).stderr
+
+
 def test_help_names_every_command() -> None:
     text = dynams("--help").stdout
     assert dynams(code=2).stdout == text

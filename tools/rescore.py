@@ -104,6 +104,8 @@ def rescore_command(
 
     Example: dynams rescore --store runs/a --config run.toml --watch ckpt/
     """
+    if fallback is not None and compare_with is None:
+        raise UsageError("--fallback needs --compare-with: the model's checkpoint, to compare with and to fall back on")
     spec = scorer_spec(model, model_args, head, width, input, label, transform, batch_size)
     guards = {
         "class_balance": class_balance,
