@@ -1,6 +1,7 @@
 """What training the proxy along costs, and how much of that is the sharing.
 
     python benchmarks/proxy.py [--models small_cnn resnet18 …] [--widths 0.5 0.25] [--turns 9]
+    python benchmarks/proxy.py --device cuda --image-size 224 --batch-size 128      # bfloat16, channels last
 
 Steps (forward and backward, in training mode) on random images, side by side in turns:
 
@@ -16,6 +17,7 @@ its batch normalisation folded in, as scoring runs it. Medians over the turns, r
 from __future__ import annotations
 
 import argparse
+import copy
 import statistics
 import sys
 import time
@@ -44,41 +46,61 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], int]] = {
 }
 
 
+def autocast(device: str) -> torch.autocast:
+    """bfloat16 on a GPU."""
+    return torch.autocast(device, torch.bfloat16, enabled=device == "cuda")
+
+
 def step(network: nn.Module, images: Tensor) -> None:
     """Forward and backward in training mode; gradients are dropped first, as optimizers do."""
     network.train()
     network.zero_grad(set_to_none=True)
-    outputs = network(images)
-    losses = [output.square().mean() for output in ((outputs,) if isinstance(outputs, Tensor) else outputs)]
+    with autocast(images.device.type):
+        outputs = network(images)
+    losses = [output.float().square().mean() for output in ((outputs,) if isinstance(outputs, Tensor) else outputs)]
     torch.stack(losses).sum().backward()
 
 
 def forward(network: nn.Module, images: Tensor) -> None:
     """As scoring does."""
     network.eval()
-    with torch.inference_mode():
+    with torch.inference_mode(), autocast(images.device.type):
         network(images)
 
 
 def seconds(work: Callable[[], None]) -> float:
-    """How long one call takes."""
+    """How long one call takes, the GPU's part included."""
     began = time.perf_counter()
     work()
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
     return time.perf_counter() - began
 
 
-def measure(name: str, width: float, turns: int) -> dict[str, float]:
+def measure(
+    name: str, width: float, turns: int, device: str, image_size: int | None, batch_size: int | None, compile: bool
+) -> dict[str, float]:
     """Medians of one model and width."""
     factory, shape, batch = MODELS[name]
+    if image_size is not None:
+        shape = (shape[0], image_size, image_size)
+        factory = partial(models.vit_b_16, image_size=image_size) if name == "vit_b_16" else factory
     torch.manual_seed(0)
-    network, images = ParameterSharingProxy(factory(), width), torch.randn(batch, *shape)
-    slim, fused = network.slim(), network.slim().eval()
+    layout = torch.channels_last if device == "cuda" else torch.contiguous_format
+    network = ParameterSharingProxy(factory(), width).to(device, memory_format=layout)
+    images = torch.randn(batch_size or batch, *shape, device=device).to(memory_format=layout)
+    slim, fused = (network.slim().to(device, memory_format=layout).eval() for _ in range(2))
     fuse_convolutions(fused)
+    model = network.model
+    if compile:
+        model = copy.deepcopy(model)
+        for one in (network, model, slim, fused):
+            one.compile()
     works = {
-        "model": partial(step, network.model, images),
+        "model": partial(step, model, images),
         "joint": partial(step, network, images),
         "slim": partial(step, slim, images),
-        "score model": partial(forward, network.model, images),
+        "score model": partial(forward, model, images),
         "score slim": partial(forward, slim, images),
         "score fused": partial(forward, fused, images),
     }
@@ -110,11 +132,17 @@ def main() -> None:
     parser.add_argument("--models", nargs="+", choices=list(MODELS), default=list(MODELS))
     parser.add_argument("--widths", nargs="+", type=float, default=[0.5, 0.25])
     parser.add_argument("--turns", type=int, default=9)
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    parser.add_argument("--image-size", type=int, help="of both sides; small ones for each model unless given")
+    parser.add_argument("--batch-size", type=int, help="small ones for each model unless given")
+    parser.add_argument("--compile", action="store_true", help="all networks through torch.compile")
     options = parser.parse_args()
     heading = True
     for name in options.models:
         for width in options.widths:
-            row = measure(name, width, options.turns)
+            row = measure(
+                name, width, options.turns, options.device, options.image_size, options.batch_size, options.compile
+            )
             if heading:
                 print(f"| model | width | {' | '.join(row)} |\n|{'---|' * (len(row) + 2)}")
                 heading = False

@@ -176,7 +176,7 @@ def _step(network: nn.Module, inputs: Tensor) -> None:
 def _seconds(work: Callable[[], object], device: torch.device) -> float:
     began = time.perf_counter()
     work()
-    if device.type == "cuda":  # not run here
+    if device.type == "cuda":
         torch.cuda.synchronize(device)
     return time.perf_counter() - began
 

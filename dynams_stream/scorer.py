@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib
 import io
 import json
+import logging
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -20,13 +21,18 @@ from PIL import Image
 from torch import Tensor, nn
 
 from dynams_stream.checkpoint import load_weights
-from dynams_stream.errors import HeadError, ModelError, SampleError, UsageError
+from dynams_stream.errors import ModelError, SampleError, UsageError
+from dynams_stream.features import HeadFeatures
 from dynams_stream.fusing import fuse_convolutions
-from dynams_stream.proxy import find_head, slim_architecture
-from dynams_stream.scores import BoundaryNorms, ScoreBatch, score_batch
+from dynams_stream.proxy import slim_architecture
+from dynams_stream.scores import BoundaryNorms, ScoreBatch, join_scores, score_batch
+
+logger = logging.getLogger(__name__)
 
 SCORES_VERSION = 2
 """Raised when the same model and samples would get other scores; part of a score table's identity."""
+
+PRECISIONS = ("auto", "float32", "bfloat16")
 
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp", "bmp", "ppm", "pgm", "tif", "tiff", "gif")
 LABEL_EXTENSIONS = ("cls",)
@@ -46,6 +52,9 @@ class ScorerSpec:
         head: name of the last linear layer, where it is not found by itself.
         model_args: keyword arguments of the model's callable.
         batch_size: samples per forward pass; it does not change what the scores mean.
+        precision: of the forward pass up to the head, whose logits and scores are float32 or better in any case:
+            "float32", "bfloat16" (by autocast), or "auto": bfloat16 on GPUs, float32 elsewhere.
+        compile: run the network through `torch.compile`; worth its minutes on large datasets.
     """
 
     model: str
@@ -56,15 +65,23 @@ class ScorerSpec:
     head: str | None = None
     model_args: Mapping[str, Any] = field(default_factory=dict)
     batch_size: int = 256
+    precision: str = "auto"
+    compile: bool = False
 
     def __post_init__(self) -> None:
         if not 0 < self.width <= 1:
             raise UsageError(f"width must be in (0, 1]; got {self.width}")
         if self.batch_size < 1:
             raise UsageError(f"batch_size must be at least 1; got {self.batch_size}")
+        if self.precision not in PRECISIONS:
+            raise UsageError(f"precision is one of {', '.join(PRECISIONS)}; got {self.precision!r}")
 
-    def resolved(self, extensions: Sequence[str]) -> ScorerSpec:
-        """The spec with `input` and `label` settled by the extensions that a first sample shows.
+    def resolved(self, extensions: Sequence[str], device: str = "cpu") -> ScorerSpec:
+        """The spec with nothing left open.
+
+        Args:
+            extensions: what a first sample shows; they settle `input` and `label`.
+            device: what the precision "auto" is settled by.
 
         Raises:
             UsageError: when the input is neither given nor recognised.
@@ -79,12 +96,16 @@ class ScorerSpec:
             settled = replace(settled, input=found[0])
         if settled.label is None:
             settled = replace(settled, label=next((ext for ext in extensions if ext in LABEL_EXTENSIONS), ""))
+        if settled.precision == "auto":
+            settled = replace(settled, precision="bfloat16" if device.startswith("cuda") else "float32")
         return settled
 
     def identity(self) -> dict[str, Any]:
         """What decides the scores, without what only decides how fast they come."""
         fields = asdict(self)
-        del fields["batch_size"]
+        del fields["batch_size"], fields["compile"]
+        if self.precision != "bfloat16":  # as it was before there was a choice
+            del fields["precision"]
         fields["model_args"] = dict(sorted(self.model_args.items()))
         return {**fields, "scores_version": SCORES_VERSION}
 
@@ -140,24 +161,26 @@ class Scorer:
     """Decodes samples and scores batches with one network on one device.
 
     Args:
-        spec: a resolved spec (`input` and `label` settled).
+        spec: a resolved spec (`input`, `label` and `precision` settled).
         checkpoint: the weights, or None to score with the factory's own.
         device: "cpu", "cuda:0", …
 
-    `prepare` runs in several threads at once; `score` lets them in one by one.
+    `prepare` and `stack` run in several threads at once; `score` lets them in one by one.
     """
 
     def __init__(self, spec: ScorerSpec, checkpoint: str | None, device: str = "cpu"):
         self.spec = spec
         self.device = torch.device(device)
-        network = build_network(spec, checkpoint)
-        fuse_convolutions(network)
-        self.network = network.to(self.device)
+        self.network = build_network(spec, checkpoint)
+        fuse_convolutions(self.network)
         self.transform = default_transform if spec.transform is None else load_callable(spec.transform, "--transform")
         self.inputs = tuple((spec.input or "").split(";"))
         self.label_extension, _, self.label_field = (spec.label or "").partition(":")
-        self._head = _HeadTap(self.network, spec.head)
+        self._features = HeadFeatures(
+            self.network, spec.head, self.device, autocast=spec.precision == "bfloat16", compile=spec.compile
+        )
         self._norms: BoundaryNorms | None = None
+        self._most_samples: int | None = None
         self._one_at_a_time = threading.Lock()
 
     @property
@@ -206,29 +229,56 @@ class Scorer:
             )
         return _integer(value)
 
+    def stack(self, inputs: Sequence[Tensor]) -> Tensor:
+        """One batch of equal shapes; for a GPU in memory that it copies from while the processor goes on."""
+        first = inputs[0]
+        pinned = self.device.type == "cuda" and first.device.type == "cpu"
+        batch = torch.empty((len(inputs), *first.shape), dtype=first.dtype, device=first.device, pin_memory=pinned)
+        with torch.no_grad():
+            return torch.stack(list(inputs), out=batch)
+
     def score(self, inputs: Tensor, labels: Tensor) -> ScoreBatch:
-        """Score one batch.
+        """Score one batch, in smaller ones from the time on that the device's memory is too small for it.
 
         Args:
             inputs: (B, …) on any device.
             labels: int64 (B,), -1 for samples without a label.
 
+        Returns:
+            The scores, on the scorer's device: there a GPU may still be at work on them.
+
         Raises:
             HeadError: when the head's outputs are not one row of logits per sample.
+            torch.OutOfMemoryError: for a single sample.
         """
         # A Dask worker with several threads shares one scorer; the head's features pass through one slot of it.
         with self._one_at_a_time, torch.inference_mode():
-            features = self._head.features(inputs.to(self.device, non_blocking=True))
-            weight, bias = self._head.parameters()
-            if self._norms is None:
-                self._norms = BoundaryNorms(weight)
-            logits = nn.functional.linear(features.float(), weight, bias)
-            return score_batch(logits, labels.to(self.device), self._norms)
+            while True:
+                most = self._most_samples or max(1, len(inputs))
+                try:
+                    pieces = map(self._score, torch.split(inputs, most), torch.split(labels, most))
+                    return join_scores(list(pieces))
+                except torch.OutOfMemoryError:
+                    most = min(most, len(inputs))
+                    if most == 1:
+                        raise
+                    self._most_samples = most // 2
+                    logger.warning(f"{self.device}: too little memory for {most} samples at once, going on with half")
+                if self.device.type == "cuda":  # outside of the handler, which holds on to what the pass has made
+                    torch.cuda.empty_cache()
+
+    def _score(self, inputs: Tensor, labels: Tensor) -> ScoreBatch:
+        features = self._features(inputs)
+        weight, bias = self._features.head()
+        if self._norms is None:
+            self._norms = BoundaryNorms(weight)
+        logits = nn.functional.linear(features.float(), weight, bias)
+        return score_batch(logits, labels.to(self.device, non_blocking=True), self._norms)
 
     @property
     def classes(self) -> int:
-        """How many classes the head tells apart; known once a batch was scored."""
-        return int(self._head.parameters()[0].shape[0])
+        """How many classes the head tells apart."""
+        return int(self._features.head()[0].shape[0])
 
 
 def _integer(value: Any) -> int:
@@ -239,50 +289,3 @@ def _integer(value: Any) -> int:
     if label < 0:
         raise SampleError(f"label {label} is negative")
     return label
-
-
-class _HeadTap:
-    """Catches the features that go into the last linear layer."""
-
-    def __init__(self, network: nn.Module, name: str | None):
-        self._network = network
-        self._name = name
-        self._layer: nn.Linear | None = None
-        self._seen: Tensor | None = None
-
-    def features(self, inputs: Tensor) -> Tensor:
-        """(B, d) features h of a batch."""
-        if self._layer is None:
-            self._layer = self._find()
-            self._layer.register_forward_hook(self._catch)
-        self._seen = None
-        output = self._network(inputs)
-        if self._seen is None or self._seen.dim() != 2 or self._seen.shape[0] != inputs.shape[0]:
-            shape = None if self._seen is None else tuple(self._seen.shape)
-            raise HeadError(
-                f"the head saw features of shape {shape} for a batch of {inputs.shape[0]}; margins need one row of "
-                f"features per sample: name the classifier's last linear layer with --head"
-            )
-        if self._name is None and (not isinstance(output, Tensor) or output.shape[-1] != self._layer.out_features):
-            raise HeadError("the model's output does not come from its last linear layer; name it with --head")
-        return self._seen
-
-    def parameters(self) -> tuple[Tensor, Tensor | None]:
-        """Weight (C, d) and bias (C,) of the head in float32."""
-        layer = self._layer if self._layer is not None else self._find()
-        return layer.weight.float(), None if layer.bias is None else layer.bias.float()
-
-    def _find(self) -> nn.Linear:
-        name = find_head(self._network) if self._name is None else self._name
-        try:
-            layer = self._network.get_submodule(name)
-        except AttributeError as error:
-            raise HeadError(f"the model has no layer {name!r}; --head names its last linear layer") from error
-        if not isinstance(layer, nn.Linear):
-            raise HeadError(f"--head {name!r} is a {type(layer).__name__}; margins need the last nn.Linear")
-        if layer.out_features < 2:
-            raise HeadError(f"head {name!r} has a single logit; margins need at least two classes")
-        return layer
-
-    def _catch(self, layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-        self._seen = inputs[0]

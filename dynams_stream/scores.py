@@ -16,6 +16,7 @@ is infinitely far from one. A tie in argmax is the lower class.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 
 import torch
@@ -157,6 +158,13 @@ class ScoreBatch:
     def cpu(self) -> ScoreBatch:
         """The same scores in the host's memory."""
         return ScoreBatch(*(getattr(self, field.name).cpu() for field in fields(self)))
+
+
+def join_scores(batches: Sequence[ScoreBatch]) -> ScoreBatch:
+    """The scores of several batches, at least one, as those of one."""
+    if len(batches) == 1:
+        return batches[0]
+    return ScoreBatch(*(torch.cat([getattr(one, field.name) for one in batches]) for field in fields(ScoreBatch)))
 
 
 @torch.no_grad()

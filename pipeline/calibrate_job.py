@@ -47,7 +47,7 @@ def calibrated(store: Store, scorer: ScorerSpec, checkpoint: str, *, samples: in
         ScoringError: the network could not be run.
     """
     dataset = store.dataset()
-    spec = scorer.resolved(first_extensions(store, dataset))
+    spec = scorer.resolved(first_extensions(store, dataset), device)
     digest = checkpoint_digest(checkpoint)
     made_from = {"checkpoint": digest, "scorer": spec.identity(), "dataset": dataset.digest, "samples": samples}
     name = hashlib.sha256(json.dumps(made_from, sort_keys=True).encode()).hexdigest()[:16]
@@ -76,19 +76,22 @@ def calibrate(
     if not has_running_statistics(network):
         return False
     decode = Decoder(scorer, Clock())
-    inputs = (tensor for pieces in row_batches(store, rows, spec.batch_size) for tensor in decode(pieces).inputs)
+    inputs = (
+        tensor
+        for pieces in row_batches(store, rows, spec.batch_size)
+        for _, stacked in decode(pieces).inputs
+        for tensor in stacked.unbind()
+    )
     recompute_statistics(network, _batches(inputs, spec.batch_size, worker_device(device)))
     metadata = read_checkpoint(checkpoint)[1]
     storage.write_bytes(url, weights_bytes(network, metadata))
     return True
 
 
-def _batches(inputs: Iterator[Tensor | None], size: int, device: str) -> Iterator[Tensor]:
-    """Batches of equal shapes; samples that cannot be decoded, and one that stays alone, are left out."""
+def _batches(inputs: Iterator[Tensor], size: int, device: str) -> Iterator[Tensor]:
+    """Batches of equal shapes; one that stays alone is left out."""
     waiting: dict[torch.Size, list[Tensor]] = {}
     for tensor in inputs:
-        if tensor is None:
-            continue
         same = waiting.setdefault(tensor.shape, [])
         same.append(tensor)
         if len(same) == size:

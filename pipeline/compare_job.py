@@ -23,10 +23,11 @@ from dynams_stream.index import read_part_index
 from dynams_stream.scorer import ScorerSpec
 from dynams_stream.store import Store
 from dynams_stream.strategy import Strategy
+from pipeline.batch_scores import scored_batches
 from pipeline.part_reader import Decoder, ShardRows
 from pipeline.receipt import Clock
 from pipeline.score_job import ScoredRound
-from pipeline.score_part import score_by_shape, worker_scorer
+from pipeline.score_part import worker_scorer
 
 MOST_PARTS = 32
 """Parts that the compared rows are taken from, so that few index files and score tables are read."""
@@ -114,7 +115,8 @@ def score_rows(
     """The score columns of some rows, in order; NaN where a sample failed. Runs on a worker."""
     scorer = worker_scorer(spec, checkpoint, sha256, device)
     decode = Decoder(scorer, Clock())
-    batches = [score_by_shape(scorer, decode(pieces)) for pieces in row_batches(store, chosen, spec.batch_size)]
+    decoded = map(decode, row_batches(store, chosen, spec.batch_size))
+    batches = [columns for _, columns in scored_batches(scorer, decoded, Clock())]
     return {name: np.concatenate([batch[name] for batch in batches]) for name in schema.SCORE_COLUMNS}
 
 

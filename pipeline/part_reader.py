@@ -8,6 +8,9 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
+import torch
+from torch import Tensor
+
 from dynams_stream import storage
 from dynams_stream.dataset import Part
 from dynams_stream.errors import SampleError, UsageError
@@ -68,7 +71,7 @@ class Decoder:
         self._classes = scorer.classes
 
     def __call__(self, pieces: list[ShardRows]) -> Batch:
-        batch = Batch()
+        batch, inputs = Batch(), []
         for piece in pieces:
             with self._clock.timed("read"):
                 samples = list(_read_rows(piece, self._scorer.extensions))
@@ -78,13 +81,28 @@ class Decoder:
                     batch.rows.append(row)
                     batch.keys.append(piece.index.keys[row].as_py())
                     try:
-                        self._decode(batch, members)
+                        inputs.append(self._decode(batch, members))
                     except UsageError as error:
                         where = f"shard {piece.shard}, row {row}, key {batch.keys[-1]!r}"
                         raise UsageError(f"{where}: {error}") from error
+        with self._clock.timed("decode"):
+            batch.inputs = self._stacked(inputs)
         return batch
 
-    def _decode(self, batch: Batch, members: Mapping[str, bytes]) -> None:
+    def _stacked(self, inputs: list[Tensor | None]) -> list[tuple[list[int], Tensor]]:
+        shapes: dict[tuple[torch.Size, torch.dtype], list[int]] = {}
+        for position, tensor in enumerate(inputs):
+            if tensor is not None:
+                shapes.setdefault((tensor.shape, tensor.dtype), []).append(position)
+        return [
+            (
+                positions,
+                self._scorer.stack([tensor for position in positions if (tensor := inputs[position]) is not None]),
+            )
+            for positions in shapes.values()
+        ]
+
+    def _decode(self, batch: Batch, members: Mapping[str, bytes]) -> Tensor | None:
         tensor, label, reason = None, -1, None
         try:
             tensor, label = self._scorer.prepare(members)
@@ -94,9 +112,9 @@ class Decoder:
             reason = str(error)
         if reason is not None:
             label = -1  # whatever it was, it may not even fit the column
-        batch.inputs.append(tensor)
         batch.labels.append(label)
         batch.errors.append(reason)
+        return tensor
 
 
 def _read_rows(piece: ShardRows, extensions: frozenset[str]) -> Iterator[tuple[int, dict[str, bytes]]]:

@@ -132,7 +132,7 @@ def score_round(
         ScoringError: when parts failed, or too many samples did; finished parts are kept.
     """
     began = time.perf_counter()
-    plan = plan_round(store, scorer, checkpoint)
+    plan = plan_round(store, scorer, checkpoint, device)
     dataset, spec = plan.dataset, plan.spec
     number = plan.number if plan.number is not None else store.claim_round(plan.identity)
     limit = max_errors if max_errors is not None else max(10, dataset.samples // 100)
@@ -177,10 +177,10 @@ def _is_published(store: Store, number: int) -> bool:
     return any(number in (published.number, published.manifest["scores_of"]) for published in store.rounds())
 
 
-def plan_round(store: Store, scorer: ScorerSpec, checkpoint: str) -> ScorePlan:
+def plan_round(store: Store, scorer: ScorerSpec, checkpoint: str, device: str = "cpu") -> ScorePlan:
     """What `score_round` would do; writes nothing."""
     dataset = store.dataset()
-    spec = scorer.resolved(first_extensions(store, dataset))
+    spec = scorer.resolved(first_extensions(store, dataset), device)
     sha256 = checkpoint_digest(checkpoint)
     identity = round_identity(dataset, spec, sha256)
     number = scored_round(store, identity)

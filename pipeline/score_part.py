@@ -14,19 +14,19 @@ from dataclasses import asdict, dataclass
 from functools import lru_cache
 from typing import Any
 
-import numpy as np
 import torch
 
 from dynams_stream import schema, storage
 from dynams_stream.checkpoint import checkpoint_digest
 from dynams_stream.dataset import Part
-from dynams_stream.errors import CheckpointError, DynamsError, ScoringError
+from dynams_stream.errors import CheckpointError, ScoringError
 from dynams_stream.ordered_map import ordered_thread_map
 from dynams_stream.scorer import Scorer, ScorerSpec
 from dynams_stream.store import Store
+from pipeline.batch_scores import scored_batches
 from pipeline.part_reader import Decoder, part_batches
 from pipeline.receipt import Clock, Receipt
-from pipeline.score_table import Batch, ScoreTable
+from pipeline.score_table import ScoreTable
 
 
 @dataclass(frozen=True)
@@ -71,9 +71,8 @@ def score_part(task: PartTask) -> Receipt:
     scorer = worker_scorer(task.spec, task.checkpoint, task.checkpoint_sha256, task.device)
     clock, table = Clock(), ScoreTable()
     batches = part_batches(task.store, task.part, task.urls, task.fingerprints, task.spec.batch_size)
-    for batch in ordered_thread_map(_decode_threads())(Decoder(scorer, clock), batches):
-        with clock.timed("forward"):
-            columns = score_by_shape(scorer, batch)
+    decoded = ordered_thread_map(_decode_threads())(Decoder(scorer, clock), batches)
+    for batch, columns in scored_batches(scorer, decoded, clock):
         table.add(batch, columns)
     return _write(task, table, clock)
 
@@ -114,7 +113,7 @@ def worker_device(device: str) -> str:
     """The GPU of this worker: workers of a local cluster are numbered and share the machine's GPUs in turn."""
     if device != "cuda":
         return device
-    from distributed import get_worker  # not run here: there is no GPU on the machines this is tested on
+    from distributed import get_worker
 
     return f"cuda:{int(get_worker().name) % torch.cuda.device_count()}"
 
@@ -128,7 +127,8 @@ def worker_scorer(spec: ScorerSpec, checkpoint: str | None, sha256: str | None, 
     Raises:
         CheckpointError: when the checkpoint is not the one of that digest.
     """
-    torch.set_num_threads(_cores())
+    # On a GPU all that torch computes here are transforms, in several threads already; none may start more of them.
+    torch.set_num_threads(1 if device.startswith("cuda") else _cores())
     with _building:
         return _cached_scorer(_Hashable(spec), checkpoint, sha256, worker_device(device))
 
@@ -154,31 +154,3 @@ def _cached_scorer(spec: _Hashable, checkpoint: str | None, sha256: str | None, 
             f"{checkpoint} was replaced while the job ran; keep checkpoints immutable, or start again"
         )
     return Scorer(spec.spec, checkpoint, device)
-
-
-def score_by_shape(scorer: Scorer, batch: Batch) -> dict[str, np.ndarray]:
-    """The batch's score columns, NaN where a sample failed; inputs of unequal shapes go through one shape at a time."""
-    count = len(batch.rows)
-    columns = {name: np.full(count, np.nan, dtype=np.float32) for name in schema.SCORE_COLUMNS}
-    columns["predicted"] = np.full(count, -1, dtype=np.int64)
-    columns["runner_up"] = np.full(count, -1, dtype=np.int64)
-    shapes: dict[torch.Size, list[int]] = {}
-    for position, tensor in enumerate(batch.inputs):
-        if tensor is not None:
-            shapes.setdefault(tensor.shape, []).append(position)
-    for positions in shapes.values():
-        first = f"shard {batch.shards[positions[0]]}, row {batch.rows[positions[0]]}, key {batch.keys[positions[0]]!r}"
-        inputs = torch.stack([batch.inputs[position] for position in positions])  # type: ignore[misc]
-        labels = torch.tensor([batch.labels[position] for position in positions], dtype=torch.int64)
-        try:
-            scores = scorer.score(inputs, labels)
-        except DynamsError:
-            raise
-        except (RuntimeError, ValueError, TypeError) as error:
-            raise ScoringError(
-                f"the model failed on inputs of shape {tuple(inputs.shape)} from {first} on: {error}; "
-                f"does --transform give what it takes?"
-            ) from error
-        for name in columns:
-            columns[name][positions] = getattr(scores, name).cpu().numpy()
-    return columns

@@ -22,14 +22,21 @@ ERRORS_KEPT = 10
 
 @dataclass(eq=False)
 class Batch:
-    """Decoded samples, in (shard, row) order; a failed one has no input."""
+    """Decoded samples, in (shard, row) order.
+
+    Attributes:
+        shards, rows, keys, labels: of each; -1 is no label.
+        errors: what failed about it, or None.
+        inputs: for each shape (and dtype) of input, the positions in the batch that have it and their stacked inputs;
+            what failed is in none.
+    """
 
     shards: list[int] = field(default_factory=list)
     rows: list[int] = field(default_factory=list)
     keys: list[str] = field(default_factory=list)
-    inputs: list[Tensor | None] = field(default_factory=list)
     labels: list[int] = field(default_factory=list)
     errors: list[str | None] = field(default_factory=list)
+    inputs: list[tuple[list[int], Tensor]] = field(default_factory=list)
 
 
 class ScoreTable:

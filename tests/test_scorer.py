@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import io
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,6 +16,7 @@ import toy_models
 from dynams_stream.checkpoint import checkpoint_epoch, read_checkpoint, save_weights, weights_bytes
 from dynams_stream.errors import CheckpointError, HeadError, ModelError, SampleError, UsageError
 from dynams_stream.scorer import Scorer, ScorerSpec, build_network, default_transform, load_callable
+from dynams_stream.scores import ScoreBatch
 
 LINEAR = ScorerSpec(model="toy_models:linear", input="png", label="cls", transform="toy_models:gray")
 
@@ -152,8 +155,12 @@ def test_spec_identity_leaves_out_only_what_does_not_change_scores() -> None:
     spec = ScorerSpec(model="toy_models:linear", batch_size=8)
     assert spec.identity() == ScorerSpec(model="toy_models:linear", batch_size=64).identity()
     assert spec.identity() != ScorerSpec(model="toy_models:linear", width=0.5).identity()
+    assert spec.identity() == ScorerSpec(model="toy_models:linear", precision="float32", compile=True).identity()
+    assert spec.identity() != ScorerSpec(model="toy_models:linear", precision="bfloat16").identity()
     with pytest.raises(UsageError, match="width"):
         ScorerSpec(model="a:b", width=0)
+    with pytest.raises(UsageError, match="float32, bfloat16; got 'half'"):
+        ScorerSpec(model="a:b", precision="half")
 
 
 def test_equal_weights_make_equal_files(tmp_path: object) -> None:
@@ -179,6 +186,64 @@ def test_threads_that_share_a_scorer_get_their_own_scores() -> None:
         for _ in range(5):
             together = list(pool.map(lambda each: scorer.score(each, labels).distance, inputs))
             assert all(torch.equal(a, b) for a, b in zip(alone, together, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("asked", "device", "settled"),
+    [("auto", "cpu", "float32"), ("auto", "cuda:1", "bfloat16"), ("float32", "cuda", "float32")],
+)
+def test_the_device_settles_the_precision(asked: str, device: str, settled: str) -> None:
+    assert replace(LINEAR, precision=asked).resolved(["png", "cls"], device).precision == settled
+
+
+CNN = ScorerSpec(model="toy_models:small_cnn", input="png", label="cls", transform="toy_models:gray")
+
+
+def cnn_scores(inputs: torch.Tensor, **changes: Any) -> ScoreBatch:
+    torch.manual_seed(0)
+    return Scorer(replace(CNN, **changes), None).score(inputs, torch.zeros(len(inputs), dtype=torch.int64))
+
+
+def test_bfloat16_is_near_and_not_the_same() -> None:
+    inputs = torch.rand(64, 1, 8, 8)
+    exact, rough = cnn_scores(inputs), cnn_scores(inputs, precision="bfloat16")
+    assert rough.distance.dtype == torch.float32
+    assert not torch.equal(rough.entropy, exact.entropy)
+    torch.testing.assert_close(rough.entropy, exact.entropy, rtol=0.02, atol=0.02)
+
+
+def test_a_compiled_network_gives_the_same_scores_for_batches_of_any_size() -> None:
+    torch.manual_seed(0)
+    scorer = Scorer(replace(CNN, compile=True), None)
+    for size in (16, 5, 1):
+        inputs = torch.rand(size, 1, 8, 8)
+        found, expected = scorer.score(inputs, torch.zeros(size, dtype=torch.int64)), cnn_scores(inputs)
+        assert torch.equal(found.predicted, expected.predicted)
+        torch.testing.assert_close(found.distance, expected.distance, rtol=1e-4, atol=1e-6)
+
+
+def test_too_little_memory_halves_the_batch_and_keeps_every_score(caplog: pytest.LogCaptureFixture) -> None:
+    """(A network that refuses large batches, as a GPU would.)"""
+    scorer, seen = Scorer(LINEAR, None), []
+
+    def refuse(module: torch.nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
+        seen.append(len(inputs[0]))
+        if seen[-1] > limit:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+
+    scorer.network.register_forward_pre_hook(refuse)
+    limit, inputs, labels = 7, torch.rand(40, 1, 8, 8), torch.arange(40) % 10
+    found = scorer.score(inputs, labels)
+    expected = Scorer(LINEAR, None).score(inputs, labels)
+    for name in ("predicted", "runner_up", "distance", "margin", "loss", "el2n"):
+        torch.testing.assert_close(getattr(found, name), getattr(expected, name), rtol=1e-5, atol=1e-6)
+    assert seen == [40, 20, 10, *[5] * 8]
+    scorer.score(inputs[:6], labels[:6])
+    assert seen[-2:] == [5, 1]  # it stays small
+    assert "too little memory for 10 samples at once" in caplog.text
+    limit = 0
+    with pytest.raises(torch.OutOfMemoryError):
+        scorer.score(inputs, labels)
 
 
 def test_metadata_of_others_is_no_epoch_and_no_width(tmp_path: object) -> None:

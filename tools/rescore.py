@@ -18,6 +18,7 @@ from pipeline.select_job import MOST_DISAGREEMENT
 from tools.command import ConfigOption, DebugOption, JsonOption, StoreOption, WorkersOption, run, say, show
 from tools.scoring_options import (
     BatchSizeOption,
+    CompileOption,
     DeviceOption,
     HeadOption,
     InputOption,
@@ -25,6 +26,7 @@ from tools.scoring_options import (
     MaxErrorsOption,
     ModelArgsOption,
     ModelOption,
+    PrecisionOption,
     SchedulerOption,
     TransformOption,
     WidthOption,
@@ -90,6 +92,8 @@ def rescore_command(
     head: HeadOption = None,
     model_args: ModelArgsOption = "{}",
     batch_size: BatchSizeOption = 256,
+    precision: PrecisionOption = "auto",
+    compile: CompileOption = False,
     scheduler: SchedulerOption = None,
     workers: WorkersOption = None,
     device: DeviceOption = "cpu",
@@ -106,7 +110,7 @@ def rescore_command(
     """
     if fallback is not None and compare_with is None:
         raise UsageError("--fallback needs --compare-with: the model's checkpoint, to compare with and to fall back on")
-    spec = scorer_spec(model, model_args, head, width, input, label, transform, batch_size)
+    spec = scorer_spec(model, model_args, head, width, input, label, transform, batch_size, precision, compile)
     guards = {
         "class_balance": class_balance,
         "min_per_class": min_per_class,

@@ -22,6 +22,7 @@ from tools.command import (
 )
 from tools.scoring_options import (
     BatchSizeOption,
+    CompileOption,
     DeviceOption,
     HeadOption,
     InputOption,
@@ -29,6 +30,7 @@ from tools.scoring_options import (
     MaxErrorsOption,
     ModelArgsOption,
     ModelOption,
+    PrecisionOption,
     SchedulerOption,
     TransformOption,
     WidthOption,
@@ -52,6 +54,8 @@ def score(
     head: HeadOption = None,
     model_args: ModelArgsOption = "{}",
     batch_size: BatchSizeOption = 256,
+    precision: PrecisionOption = "auto",
+    compile: CompileOption = False,
     epoch: Annotated[int | None, typer.Option("--epoch", help="Recorded with the round.")] = None,
     scheduler: SchedulerOption = None,
     workers: WorkersOption = None,
@@ -69,12 +73,12 @@ def score(
     Example: dynams score --store runs/a --model my_models:resnet18 --checkpoint ckpt/12.safetensors
     """
     target = Store(store)
-    spec = scorer_spec(model, model_args, head, width, input, label, transform, batch_size)
-    settled = spec.resolved(first_extensions(target, target.dataset()))
+    spec = scorer_spec(model, model_args, head, width, input, label, transform, batch_size, precision, compile)
+    settled = spec.resolved(first_extensions(target, target.dataset()), device)
     if input is None or label is None:
         say(f"input: {settled.input}, label: {settled.label or 'none'} (as the first shard shows)")
     if dry_run:
-        plan = plan_round(target, settled, storage.absolute(checkpoint))
+        plan = plan_round(target, settled, storage.absolute(checkpoint), device)
         show(plan_as_dict(plan), plan_in_words(plan, store), json)
         return
     with scoring_progress() as progress:

@@ -34,6 +34,10 @@ TransformOption = Annotated[
     typer.Option("--transform", help="module:callable from PIL.Image to tensor. Default: RGB float32 in [0, 1]."),
 ]
 BatchSizeOption = Annotated[int, typer.Option("--batch-size", min=1, help="Samples per forward pass.")]
+PrecisionOption = Annotated[
+    str, typer.Option("--precision", help="auto (bfloat16 on GPUs, float32 elsewhere), float32 or bfloat16.")
+]
+CompileOption = Annotated[bool, typer.Option("--compile", help="Run the network through torch.compile.")]
 SchedulerOption = Annotated[
     str | None, typer.Option("--scheduler", help="Address of a running Dask scheduler, tcp://host:8786.")
 ]
@@ -53,6 +57,8 @@ def scorer_spec(
     label: str | None,
     transform: str | None,
     batch_size: int,
+    precision: str = "auto",
+    compile: bool = False,
 ) -> ScorerSpec:
     """The spec that the flags describe.
 
@@ -67,7 +73,7 @@ def scorer_spec(
         raise UsageError(f"--model-args must be a JSON object such as '{{\"num_classes\": 10}}'; got {model_args!r}")
     return ScorerSpec(
         model=model, model_args=arguments, head=head, width=width, input=input, label=label, transform=transform,
-        batch_size=batch_size,
+        batch_size=batch_size, precision=precision, compile=compile,
     )  # fmt: skip
 
 
