@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ from tools.training import build_model
 from tools.training_config import RunConfig
 
 SHAPE = (1, 28, 28)
-FULL = "full data, 12 epochs"
+FULL = "full data"
 
 
 @dataclass(frozen=True)
@@ -22,7 +22,7 @@ class Row:
 
     Attributes:
         condition, name: of the setting.
-        accuracies: test accuracy of each seed, in percent.
+        accuracies: test accuracy by seed, in percent.
         samples: trained on, mean.
         flops: of one run: training, the proxy's training, scoring and comparing with the model; mean.
         seconds: processor seconds of each run.
@@ -31,7 +31,7 @@ class Row:
 
     condition: str
     name: str
-    accuracies: tuple[float, ...]
+    accuracies: Mapping[int, float]
     samples: float
     flops: float
     seconds: tuple[float, ...]
@@ -40,12 +40,26 @@ class Row:
     @property
     def accuracy(self) -> float:
         """Mean."""
-        return statistics.mean(self.accuracies)
+        return statistics.mean(self.accuracies.values())
 
     @property
     def deviation(self) -> float:
         """Standard deviation over the seeds; 0 of one."""
-        return statistics.stdev(self.accuracies) if len(self.accuracies) > 1 else 0.0
+        return _deviation(list(self.accuracies.values()))
+
+    def gain(self, other: Row) -> tuple[float, float]:
+        """Mean and standard deviation of the differences to another setting's runs with the same seeds.
+
+        A seed decides on the initial weights and the order of the first epochs: its runs have their luck in common.
+        """
+        gains = [
+            self.accuracies[seed] - other.accuracies[seed] for seed in self.accuracies.keys() & other.accuracies.keys()
+        ]
+        return statistics.mean(gains), _deviation(gains)
+
+
+def _deviation(values: Sequence[float]) -> float:
+    return statistics.stdev(values) if len(values) > 1 else 0.0
 
 
 def row_of(condition: str, name: str, config: RunConfig, lines: Sequence[dict[str, Any]]) -> Row:
@@ -56,7 +70,7 @@ def row_of(condition: str, name: str, config: RunConfig, lines: Sequence[dict[st
     return Row(
         condition=condition,
         name=name,
-        accuracies=tuple(100 * line["accuracy"] for line in lines),
+        accuracies={line["seed"]: 100 * line["accuracy"] for line in lines},
         samples=statistics.mean(line["samples"] for line in lines),
         flops=statistics.mean(run_flops(line, config, costs) for line in lines),
         seconds=tuple(line["processor_seconds"] for line in lines),
@@ -76,25 +90,29 @@ def run_flops(line: dict[str, Any], config: RunConfig, costs: StepCosts) -> floa
     )
 
 
-def table(rows: Sequence[Row]) -> str:
-    """Markdown, a line a setting; FLOPs and seconds as shares of full data's, under the same condition."""
+def table(rows: Sequence[Row], against: str = FULL) -> str:
+    """Markdown, a line a setting.
+
+    Args:
+        rows: the settings, of any conditions.
+        against: the setting that differences are taken to, seed by seed. FLOPs and seconds are shares of full data's.
+    """
     lines = [
-        "| data | method | seeds | test accuracy, % | samples | FLOPs | processor seconds | overlap |",
-        "|---|---|---|---|---|---|---|---|",
+        f"| data | method | seeds | test accuracy, % | against {against} | samples | FLOPs | processor s | overlap |",
+        "|---|---|---|---|---|---|---|---|---|",
     ]
     for row in rows:
-        full = next((one for one in rows if one.condition == row.condition and one.name in ("full data", FULL)), None)
-        seconds = statistics.mean(row.seconds)
-        shares = ("–", f"{seconds:.0f}")
+        beside = {one.name: one for one in rows if one.condition == row.condition}
+        full, other = beside.get(FULL), beside.get(against)
+        gain = "–" if other is None or other is row else "{:+.2f} ± {:.2f}".format(*row.gain(other)).replace("-", "−")
+        flops, seconds = "–", f"{statistics.mean(row.seconds):.0f}"
         if full is not None:
-            shares = (
-                f"{100 * row.flops / full.flops:.0f} %",
-                f"{seconds:.0f} ({100 * seconds / statistics.mean(full.seconds):.0f} %)",
-            )
+            flops = f"{100 * row.flops / full.flops:.0f} %"
+            seconds += f" ({100 * statistics.mean(row.seconds) / statistics.mean(full.seconds):.0f} %)"
         overlap = "–" if row.overlap is None else f"{row.overlap:.2f}"
         lines.append(
             f"| {row.condition} | {row.name} | {len(row.accuracies)} | {row.accuracy:.2f} ± {row.deviation:.2f} "
-            f"| {row.samples:,.0f} | {shares[0]} | {shares[1]} | {overlap} |"
+            f"| {gain} | {row.samples:,.0f} | {flops} | {seconds} | {overlap} |"
         )
     return "\n".join(lines)
 
@@ -105,7 +123,7 @@ def plot_frontier(rows: Sequence[Row], path: Path) -> None:
 
     figure = Figure(figsize=(12, 5.5), layout="constrained")
     panels = figure.subplots(1, 2, sharey=True)
-    full = [row for row in rows if row.name.startswith("full data,") and row.name.endswith("epochs")]
+    full = [row for row in rows if row.name == FULL or (row.name.startswith(FULL) and row.name.endswith("epochs"))]
     for panel, label, cost in zip(
         panels,
         ("processor seconds", "FLOPs"),
