@@ -276,7 +276,7 @@ def main() -> None:
 
 def report(group: str, settings: Sequence[Setting], seeds: int, folder: Path, against: str) -> None:
     """Print the table of what has run, and draw its plot."""
-    from accuracy_table import plot_frontier, row_of, table
+    from accuracy_table import plot_budgets, plot_frontier, row_of, table
 
     done = finished(folder)
     rows = []
@@ -285,9 +285,11 @@ def report(group: str, settings: Sequence[Setting], seeds: int, folder: Path, ag
         if lines:
             rows.append(row_of(setting.condition, setting.name, setting.config(folder), lines))
     print(table(rows, against))
-    if group == "frontier" and rows:
-        plot_frontier(rows, folder / "frontier.png")
-        print(f"\nplot: {folder / 'frontier.png'}")
+    plots = {"frontier": plot_frontier, "budgets": plot_budgets}
+    if group in plots and rows:
+        path = folder / f"{group}.png"
+        plots[group](rows, path)
+        print(f"\nplot: {path}")
 
 
 if __name__ == "__main__":

@@ -148,3 +148,34 @@ def plot_frontier(rows: Sequence[Row], path: Path) -> None:
     panels[0].set(ylabel="test accuracy, %")
     panels[0].legend(fontsize=8, loc="lower right")
     figure.savefig(path, dpi=130)
+
+
+def plot_budgets(rows: Sequence[Row], path: Path) -> None:
+    """Accuracy by mean budget, a line for each method; a panel for each condition, with full data as a band."""
+    from matplotlib.figure import Figure
+
+    conditions = list(dict.fromkeys(row.condition for row in rows))
+    figure = Figure(figsize=(5.2 * len(conditions), 5.5), layout="constrained")
+    for panel, condition in zip(figure.subplots(1, len(conditions), squeeze=False)[0], conditions, strict=True):
+        methods: dict[str, list[tuple[float, Row]]] = {}
+        for row in rows:
+            budget, found, method = row.name.partition(": ")
+            if row.condition == condition and found:
+                methods.setdefault(method, []).append((float(budget), row))
+            elif row.condition == condition:
+                low, high = row.accuracy - row.deviation, row.accuracy + row.deviation
+                panel.axhspan(low, high, color="black", alpha=0.15, label="full data, mean ± sd")
+        for number, (method, points) in enumerate(methods.items()):
+            shift = 1 + 0.012 * (number - len(methods) / 2)  # error bars beside each other
+            panel.errorbar(
+                [budget * shift for budget, _ in points], [row.accuracy for _, row in points],
+                [row.deviation for _, row in points], marker="o", markersize=4, capsize=2, linewidth=1,
+                linestyle="-" if method.startswith("DynaMS") else ":", color=f"C{number}", label=method,
+            )  # fmt: skip
+        panel.set(xscale="log", xlabel="mean budget, warm-up included", title=condition)
+        panel.set_xticks([0.1, 0.3, 0.6], ["0.1", "0.3", "0.6"])
+        panel.minorticks_off()
+        panel.grid(alpha=0.3)
+    figure.axes[0].set(ylabel="test accuracy, %")
+    figure.axes[-1].legend(fontsize=8, loc="lower right")
+    figure.savefig(path, dpi=130)
