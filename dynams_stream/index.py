@@ -336,7 +336,7 @@ def write_part_index(store: str, part: int, first: int, shards: Sequence[ShardIn
     Returns:
         The file's path, relative to the store. It names the content, so that dataset versions can share files.
     """
-    path = schema.index_path(part, _digest(first, shards))
+    path = schema.index_path(part, part_digest(first, shards))
     url = storage.join(store, path)
     if not storage.exists(url):
         with storage.atomic_writer(url) as file:
@@ -360,6 +360,7 @@ def write_index(
         compression="zstd",
         use_dictionary=["members.list.element.ext"],
         column_encoding=schema.encodings(schema.INDEX_SCHEMA),
+        write_page_checksum=True,
         write_statistics=["shard"],  # the footer, read for every shard, is a third shorter without the others
         store_schema=False,
     ) as writer:
@@ -389,7 +390,7 @@ def _table(shard: int, index: ShardIndex) -> pa.Table:
     )
 
 
-def _digest(first: int, shards: Sequence[ShardIndex]) -> str:
+def part_digest(first: int, shards: Sequence[ShardIndex]) -> str:
     """First 12 hex digits of the SHA-256 of all that the shards' indexes say, however it is encoded."""
     digest = hashlib.sha256(json.dumps([schema.FORMAT_VERSION, first, len(shards)]).encode())
     for index in shards:

@@ -98,6 +98,7 @@ class ScoreTable:
             compression="zstd",
             use_dictionary=["error", "label", "predicted", "runner_up"],
             column_encoding=schema.encodings(schema.SCORES_SCHEMA),
+            write_page_checksum=True,
         )
         for start, stop in _shard_runs(table["shard"].to_numpy()):
             writer.write_table(table.slice(start, stop - start), row_group_size=schema.ROW_GROUP_ROWS)

@@ -20,6 +20,9 @@ COMMANDS = {
     "select": ("tools.select_subset", "Cut a selection from score tables and publish the round."),
     "rescore": ("tools.rescore", "Score and select when a new checkpoint appears, or once."),
     "status": ("tools.status", "What the store holds, and how old the newest round is."),
+    "materialize": ("tools.materialize", "Write the selected samples as ordinary tar shards."),
+    "gc": ("tools.gc_rounds", "Remove old rounds, and files that nothing names any more."),
+    "verify": ("tools.verify_store", "Check every file of a store against its manifests."),
     "plan": ("tools.plan", "What a schedule costs, and whether the proxy pays, before anything is trained."),
     "train": ("tools.train", "The reference training run: DynaMS, baselines and full data, with a table."),
 }
@@ -46,7 +49,7 @@ def main(arguments: list[str] | None = None) -> NoReturn:
     """Entry point of the `dynams` program."""
     given = sys.argv[1:] if arguments is None else arguments
     if not given or given[0] in ("-h", "--help"):
-        listing = "\n".join(f"  {name:<8} {text}" for name, (_, text) in COMMANDS.items())
+        listing = "\n".join(f"  {name:<11} {text}" for name, (_, text) in COMMANDS.items())
         print(HELP.format(commands=listing))
         sys.exit(0 if given else 2)
     if given[0] == "--version":
