@@ -7,7 +7,7 @@
         scores/part-000000.parquet        one line per sample: the scores of one forward pass
         selection.parquet                 one line per shard: the rows to train on
         round.json                        written last; the round exists from then on
-      control/                            claims of round numbers, saved weights, unfinished indexing
+      control/                            claims of round numbers, saved weights, unfinished indexing, loaders' marks
 
 Paths built here are relative to the store, with `/` as separator.
 """
@@ -118,6 +118,8 @@ CLAIMS_FOLDER = "control/claims"
 WEIGHTS_FOLDER = "control/weights"
 INDEXING_FOLDER = "control/indexing"
 CALLS_FOLDER = "control/calls"
+USES_FOLDER = "control/uses"
+RETIRED_FOLDER = "control/retired"
 
 
 def number_name(number: int) -> str:
@@ -178,6 +180,16 @@ def claim_path(number: int) -> str:
 def selection_claim_path(number: int) -> str:
     """Path of the file whose creation settles which selection will be written into round `number`."""
     return f"{CLAIMS_FOLDER}/{number_name(number)}-selection.json"
+
+
+def use_path(number: int, version: int, loader: str) -> str:
+    """Path of a loader's mark that it reads round `number`, or everything (0), of dataset `version`."""
+    return f"{USES_FOLDER}/{number_name(number)}-{number_name(version)}-{loader}.json"
+
+
+def retired_path(number: int) -> str:
+    """Path of the file that tells that round `number` is removed, or being removed, for good."""
+    return f"{RETIRED_FOLDER}/{number_name(number)}.json"
 
 
 def encodings(schema: pa.Schema) -> dict[str, str]:

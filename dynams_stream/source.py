@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch.distributed as dist
+from torch.utils.data import get_worker_info
 from webdataset.utils import PipelineStage
 
 from dynams_stream.content import Content, find_content, read_content
@@ -25,6 +26,7 @@ from dynams_stream.remote_options import RemoteOptions
 from dynams_stream.sample_cache import SampleCache
 from dynams_stream.stats import Counters
 from dynams_stream.store import Store
+from dynams_stream.uses import UseMarker
 
 logger = logging.getLogger(__name__)
 
@@ -60,6 +62,7 @@ class Source(PipelineStage):  # type: ignore[misc]
         self._given_split = split is not None
         self._split = split or (0, 1)
         self._content: Content | None = None
+        self._uses = UseMarker(store)
         self._reader = OwnReader(store, remote=options.remote, cache=options.cache, count=self.counters.add)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -154,6 +157,12 @@ class Source(PipelineStage):  # type: ignore[misc]
         content = self.content(place)  # here already: errors show up here, forked workers inherit it
         self.control.publish(place._replace(check=content.check))
 
+    def mark_use(self, place: Place) -> None:
+        """Let `dynams gc` know that the round of `place` is needed; rank 0 does so for all."""
+        worker = get_worker_info()
+        if self.split()[0] == 0 and (worker is None or worker.id == 0):
+            self._uses.mark(place.round, self.content(place).version)
+
     # ---- iterations --------------------------------------------------------------------------------------------------
 
     def begin(self, refusal: str | None = None) -> Pass:
@@ -169,6 +178,7 @@ class Source(PipelineStage):  # type: ignore[misc]
             self.control.mark_begun(place)
             self.warn_of_other_epoch(told, place)
         self.newest = Pass(self, place, yielded, refusal)
+        self.mark_use(place)
         return self.newest
 
     @staticmethod

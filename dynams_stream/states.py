@@ -53,6 +53,7 @@ def state_of(source: Source, steps: int | None, refusal: str | None) -> State:
     place = source.control.place
     if begun is not None:
         place = begun.place
+    source.mark_use(place)
     if steps is not None:
         if source.control.has_dropped():
             raise StateError(

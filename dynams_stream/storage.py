@@ -486,6 +486,13 @@ def remove(url: str) -> None:
             file_system(url).rm_file(url)
 
 
+def remove_folder(url: str) -> None:
+    """Remove an empty local folder; nothing happens when it is not empty, or gone. Object stores have no folders."""
+    if is_local(url):
+        with suppress(OSError):
+            os.rmdir(url)
+
+
 def remove_leftovers(folder: str, *, spare: str | None = None) -> None:
     """Remove what killed writers left in a local folder; object stores never show half-written objects.
 

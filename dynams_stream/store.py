@@ -160,17 +160,32 @@ class Store:
         """
         lowest = 1
         while True:
-            number = max([lowest - 1, *self.round_numbers(), *self.claims()]) + 1
+            number = max([lowest - 1, *self.round_numbers(), *self.claims(), *self.retired()]) + 1
             if self._claim(schema.claim_path(number), identity):
                 return number
             lowest = number + 1  # a network file system may go on listing an old state for a while
 
     def claims(self) -> dict[int, dict[str, Any]]:
-        """The identity that each claimed round number was taken with."""
-        folder = self.path(schema.CLAIMS_FOLDER)
-        names = (name.removesuffix(".json") for name in storage.list_names(folder) if name.endswith(".json"))
-        found = {int(name): self._read_claim(schema.claim_path(int(name))) for name in names if name.isdigit()}
+        """The identity that each claimed round number was taken with; without those that are retired."""
+        taken = set(self._numbers(schema.CLAIMS_FOLDER)) - self.retired()
+        found = {number: self._read_claim(schema.claim_path(number)) for number in taken}
         return {number: claim["of"] for number, claim in sorted(found.items()) if claim is not None}
+
+    def retire(self, number: int) -> None:
+        """Settle that round `number` is removed for good, whether or not its files are gone already.
+
+        Nobody goes on with what is left of it, and its number is never taken again.
+        """
+        if number not in self.retired():
+            storage.write_bytes(self.path(schema.retired_path(number)), b"{}\n")
+
+    def retired(self) -> set[int]:
+        """The numbers of the rounds that are removed, or being removed."""
+        return set(self._numbers(schema.RETIRED_FOLDER))
+
+    def _numbers(self, folder: str) -> list[int]:
+        names = (name.removesuffix(".json") for name in storage.list_names(self.path(folder)) if name.endswith(".json"))
+        return [int(name) for name in names if name.isdigit()]
 
     def claim_selection(self, number: int, intent: Mapping[str, Any]) -> bool:
         """Settle what will be selected in round `number`; whether it is what `intent` says.

@@ -52,7 +52,7 @@ def _read_footer(url: str) -> FinishedPart | None:
 def scored_round(store: Store, identity: Mapping[str, Any]) -> int | None:
     """The newest round whose score tables were, or are being, made from `identity`."""
     claims = store.claims()
-    for number in sorted({*claims, *store.round_numbers()}, reverse=True):
+    for number in sorted({*claims, *store.round_numbers()} - store.retired(), reverse=True):
         if number in claims:
             if claims[number] == identity:
                 return number
@@ -67,7 +67,7 @@ def newest_scores(store: Store, dataset: Dataset) -> int:
     Raises:
         ScoresIncompleteError: when there is none, or the newest one is not complete.
     """
-    for number in reversed(store.round_numbers()):
+    for number in sorted(set(store.round_numbers()) - store.retired(), reverse=True):
         done = finished_parts(store, number)
         if any(part.identity["dataset"]["digest"] != dataset.digest for part in done.values()):
             continue

@@ -14,11 +14,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import webdataset
 from PIL import Image
 
-from dynams_stream import storage, tar
+from dynams_stream import storage
 from dynams_stream.errors import MissingExtraError, UsageError
+from pipeline.tar_files import write_tar
 
 Sample = dict[str, bytes]
 
@@ -74,12 +74,12 @@ def write_shards(
             f"{place} holds {len(there)} shards named {prefix}-….tar; choose another folder, or ask to overwrite them"
         )
     total = len(samples) if isinstance(samples, Sequence) else 0
-    stream = _as_read_back(_in_order(samples, shuffle_seed))
+    stream = _in_order(samples, shuffle_seed)
     written: list[str] = []
     done = 0
     while chunk := list(itertools.islice(stream, samples_per_shard)):
         name = f"{prefix}-{len(written):06d}.tar"
-        _write_shard(storage.join(place, name), chunk)
+        write_tar(storage.join(place, name), chunk)
         written.append(storage.join(place, name))
         there.discard(name)
         done += len(chunk)
@@ -104,33 +104,6 @@ def _in_order(samples: Iterable[dict[str, Any]], shuffle_seed: int | None) -> It
         raise UsageError("only a sequence of samples can be shuffled; give a list, or no shuffle_seed")
     order = np.random.default_rng(shuffle_seed).permutation(len(samples))
     return (samples[position] for position in order.tolist())
-
-
-def _as_read_back(samples: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]:
-    """The samples, each one checked: webdataset must find the same key and extensions in the tar."""
-    previous = None
-    for sample in samples:
-        key = sample["__key__"]
-        fields = [field for field in sample if not field.startswith("_")]
-        wrong = [field for field in fields if tar.split_name(f"{key}.{field}") != (key, field)]
-        if wrong or not fields:
-            raise UsageError(
-                f"a sample with the key {key!r} and the members {fields} would not be read back as it is: a key has no "
-                f"dot in its last part and does not look like __this__, and extensions are in lower case"
-            )
-        if key == previous:
-            raise UsageError(f"two samples in a row have the key {key!r}; they would be read back as one")
-        previous = key
-        yield sample
-
-
-def _write_shard(url: str, samples: list[dict[str, Any]]) -> None:
-    with (
-        storage.atomic_writer(url) as file,
-        webdataset.TarWriter(file, user="dynams", group="dynams", mtime=0, encoder=False) as writer,
-    ):
-        for sample in samples:
-            writer.write(sample)
 
 
 # ---- sources ---------------------------------------------------------------------------------------------------------

@@ -110,7 +110,7 @@ def test_a_killed_writer_leaves_no_half_shard_under_its_name(tmp_path: Path) -> 
         "def write_and_die(self, sample):\n"
         "    write(self, sample)\n"
         "    if next(calls) == 13:\n"
-        "        self.stream.flush(); os.kill(os.getpid(), signal.SIGKILL)\n"
+        "        self.stream._file.flush(); os.kill(os.getpid(), signal.SIGKILL)\n"
         "webdataset.TarWriter.write = write_and_die\n"
         "samples = [{'__key__': f'{n:06d}', 'png': bytes(5000), 'cls': b'1'} for n in range(40)]\n"
         "write_shards(samples, sys.argv[1], samples_per_shard=10)\n"

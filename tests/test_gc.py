@@ -1,0 +1,310 @@
+"""`dynams gc`: what goes, what stays and why, and that a stop at any point loses nothing that is needed."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from distributed import Client
+from torch.utils.data import DataLoader
+from typer.testing import CliRunner
+
+import toy_models
+from dynams_stream import ScorerSpec, SelectedDataset, Store, schema, storage
+from dynams_stream.errors import RoundNotFoundError, StateError, UsageError
+from dynams_stream.uses import read_uses
+from pipeline import run_round
+from pipeline.gc_job import Garbage, find_garbage, remove_garbage
+from pipeline.index_job import build_index
+from pipeline.score_job import score_round
+from pipeline.select_job import select_round
+from pipeline.verify_job import verify_store
+from tools.gc_rounds import app
+
+SPEC = ScorerSpec(model="toy_models:linear", input="png", label="cls", transform="toy_models:gray")
+LATER = timedelta(days=30)
+
+
+@pytest.fixture(scope="module")
+def made(digit_shards: list[str], tmp_path_factory: pytest.TempPathFactory, client: Client) -> Path:
+    """Rounds 1 (scored), 2 and 3 (cut from 1's tables), 4 (scored), 5 (random), 6 (of 4's tables); do not change it."""
+    folder = tmp_path_factory.mktemp("made")
+    store = Store(folder / "store")
+    build_index(store, digit_shards)
+    for seed in (0, 1):
+        torch.save(toy_models.linear(seed).state_dict(), folder / f"{seed}.pt")
+    score_round(store, SPEC, checkpoint=str(folder / "0.pt"), client=client)
+    for fraction in ("0.5", "0.4", "0.3"):
+        select_round(store, fraction=fraction, scores_of=1)
+    score_round(store, SPEC, checkpoint=str(folder / "1.pt"), client=client)
+    select_round(store, fraction="0.3")
+    select_round(store, fraction="0.2", strategy="random:1")
+    select_round(store, fraction="0.1", scores_of=4)
+    assert [one.number for one in store.rounds()] == [1, 2, 3, 4, 5, 6]
+    return folder / "store"
+
+
+@pytest.fixture
+def store(made: Path, tmp_path: Path) -> Store:
+    shutil.copytree(made, tmp_path / "store")
+    return Store(tmp_path / "store")
+
+
+def later(**by: float) -> datetime:
+    return datetime.now(UTC) + timedelta(**by)
+
+
+def collect(store: Store, keep: int, **by: float) -> Garbage:
+    found = find_garbage(store, keep=keep, now=later(**(by or {"days": 30})))
+    remove_garbage(store, found)
+    return found
+
+
+def files(store: Store) -> list[str]:
+    root = Path(store.url)
+    return sorted(str(path.relative_to(root)) for path in root.rglob("*") if path.is_file())
+
+
+def numbers(store: Store) -> list[int]:
+    return [one.number for one in store.rounds()]
+
+
+@pytest.mark.parametrize(
+    ("keep", "stay"),
+    [
+        (1, [4, 6]),
+        (2, [4, 5, 6]),
+        (3, [4, 5, 6]),
+        (4, [1, 3, 4, 5, 6]),
+        (5, [1, 2, 3, 4, 5, 6]),
+        (99, [1, 2, 3, 4, 5, 6]),
+    ],
+)
+def test_the_newest_stay_and_what_they_were_cut_from(store: Store, keep: int, stay: list[int]) -> None:
+    before = {number: list(SelectedDataset(store, round=number, shuffle=False)) for number in stay}
+    shutil.rmtree(store.path(schema.USES_FOLDER))
+    found = collect(store, keep)
+    assert list(found.rounds) == sorted({1, 2, 3, 4, 5, 6} - set(stay))
+    assert numbers(store) == stay
+    verified = verify_store(store)
+    assert (verified.problems, verified.orphans, verified.unfinished) == ((), (), ())
+    assert {number: list(SelectedDataset(store, round=number, shuffle=False)) for number in stay} == before
+    for number in found.rounds:
+        assert not os.path.exists(store.path(schema.round_path(number)))
+        with pytest.raises(RoundNotFoundError):
+            store.round(number)
+    assert collect(store, keep).rounds == ()
+
+
+def test_a_removed_rounds_number_is_never_taken_again(store: Store, made: Path, client: Client) -> None:
+    collect(store, 1)
+    again = score_round(store, SPEC, checkpoint=str(made.parent / "0.pt"), client=client)
+    assert (again.number, again.resumed_parts) == (7, 0)
+    cut = select_round(store, fraction="0.5", scores_of=7).round
+    original = Store(made).round(1)
+    assert cut.number == 7
+    assert cut.manifest["selection"] == original.manifest["selection"]
+
+
+# ---- loaders ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_the_round_of_a_running_epoch_stays_and_the_epoch_ends_whole(store: Store, workers: int) -> None:
+    dataset = SelectedDataset(store, round=2, batch_size=16).map(lambda sample: (sample["__url__"], sample["__row__"]))
+    loader = DataLoader(
+        dataset,
+        batch_size=16,
+        num_workers=workers,
+        collate_fn=list,
+        multiprocessing_context="fork" if workers else None,
+    )
+    running = iter(loader)
+    seen = [*next(running)]
+    found = collect(store, 1, days=13)
+    assert [kept.number for kept in found.kept] == [1, 2, 4]
+    assert "saved state" in found.kept[1].why
+    for batch in running:
+        seen += batch
+    assert len(seen) == len(set(seen)) == len(dataset)
+    assert collect(store, 1, days=15).rounds == (1, 2)
+
+
+def test_a_saved_state_keeps_its_round_until_it_is_forgotten(store: Store) -> None:
+    dataset = SelectedDataset(store, round=3, batch_size=16)
+    state = dataset.state_dict(steps=2)
+    (use,) = read_uses(store)
+    assert (use.round, use.version) == (3, 1)
+    collect(store, 1, days=13)
+    restored = SelectedDataset(store, batch_size=16)
+    restored.load_state_dict(state)
+    assert len(list(restored)) == store.round(3).counts["selected"] - 32
+    shutil.rmtree(store.path(schema.USES_FOLDER))
+    collect(store, 1, days=13)
+    with pytest.raises(StateError, match="round 3, which is not there"):
+        SelectedDataset(store, batch_size=16).load_state_dict(state)
+
+
+def test_marks_are_few_and_go_when_they_are_old(store: Store) -> None:
+    dataset = SelectedDataset(store)
+    for epoch in range(3):
+        dataset.set_epoch(epoch, round=6)
+        list(dataset)
+    dataset.set_epoch(3, round=5)
+    list(dataset)
+    list(SelectedDataset(store, round=None))
+    assert sorted((use.round, use.version) for use in read_uses(store)) == [(0, 1), (5, 1), (6, 1)]
+    assert all(use.who.endswith(f":{os.getpid()}") for use in read_uses(store))
+    assert len(collect(store, 1).files) == 3
+    assert list(read_uses(store)) == []
+
+
+def test_only_rank_0_leaves_marks(store: Store) -> None:
+    list(SelectedDataset(store, rank=1, world_size=2))
+    assert list(read_uses(store)) == []
+
+
+def test_a_store_that_cannot_be_written_is_read_all_the_same(store: Store) -> None:
+    Path(store.path(schema.USES_FOLDER)).write_text("a file, where marks would have their folder")
+    assert len(list(SelectedDataset(store, round=6))) == store.round(6).counts["selected"]
+
+
+def test_a_round_that_was_the_newest_until_lately_stays(store: Store) -> None:
+    found = find_garbage(store, keep=1, now=later(minutes=30))
+    assert found.rounds == ()
+    assert "was the newest round until 30 min ago" in found.kept[0].why
+    assert find_garbage(store, keep=1, now=later(minutes=90)).rounds == (1, 2, 3, 5)
+
+
+# ---- what is left of jobs --------------------------------------------------------------------------------------------
+
+
+def test_an_unpublished_round_stays_until_it_is_abandoned(store: Store, made: Path) -> None:
+    identity = {"some": "job"}
+    number = store.claim_round(identity)
+    storage.write_bytes(store.path(schema.scores_path(number, 0)), b"a part")
+    assert find_garbage(store, keep=1, now=later(days=13)).abandoned == ()
+    found = collect(store, 1, days=15)
+    assert found.abandoned == (number,)
+    assert number not in store.claims()
+    assert number not in store.round_numbers()
+    assert store.claim_round(identity) == number + 1
+
+
+def test_old_dataset_versions_go_with_their_last_round(digit_shards: list[str], tmp_path: Path, client: Client) -> None:
+    store = Store(tmp_path / "store")
+    build_index(store, digit_shards[:5])
+    select_round(store, fraction="0.5", strategy="random:0")
+    build_index(store, digit_shards[1:7])
+    select_round(store, fraction="0.5", strategy="random:0")
+    list(SelectedDataset(store, round=None))
+    found = find_garbage(store, keep=1, now=later(days=1))
+    assert (found.rounds, found.versions) == ((1,), (1,))
+    own = {part.index_file for part in store.dataset(1).parts} - {part.index_file for part in store.dataset(2).parts}
+    assert own
+    assert set(found.files) == own
+    remove_garbage(store, found)
+    assert store.dataset_versions() == [2]
+    assert verify_store(store).problems == ()
+    assert len(list(SelectedDataset(store, round=2))) == store.round(2).counts["selected"]
+
+
+def test_a_version_that_a_loader_reads_whole_stays(digit_shards: list[str], tmp_path: Path) -> None:
+    store = Store(tmp_path / "store")
+    build_index(store, digit_shards[:5])
+    list(SelectedDataset(store, round=None))
+    build_index(store, digit_shards[:7])
+    assert find_garbage(store, keep=1, now=later(days=13)).versions == ()
+    assert find_garbage(store, keep=1, now=later(days=15)).versions == (1,)
+
+
+def test_saved_weights_go_with_their_round(digit_store: Store, client: Client) -> None:
+    for seed in (0, 1):
+        run_round(digit_store, SPEC, weights=toy_models.linear(seed), fraction="0.5", client=client)
+    folder = digit_store.path(schema.WEIGHTS_FOLDER)
+    assert len(storage.list_names(folder)) == 2
+    assert find_garbage(digit_store, keep=1, now=later(days=13)).files == ()  # a job in progress may have saved them
+    collect(digit_store, 1)
+    assert [storage.join(folder, name) for name in storage.list_names(folder)] == [
+        digit_store.round("latest").manifest["checkpoint"]["path"]
+    ]
+
+
+def test_a_stop_at_any_point_leaves_a_sound_store_that_a_rerun_finishes(
+    made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, client: Client
+) -> None:
+    """(Each removal in turn is the last one that happens.)"""
+
+    class StoppedError(Exception):
+        pass
+
+    whole = Store(shutil.copytree(made, tmp_path / "whole"))
+    collect(whole, 1)
+    remove, removals, tried = storage.remove, 0, False
+    for stop in range(1, 1000):
+        store = Store(shutil.copytree(made, tmp_path / f"stopped-{stop}"))
+        done = 0
+
+        def counted(url: str) -> None:
+            nonlocal done
+            done += 1
+            if done == stop:  # noqa: B023
+                raise StoppedError
+            remove(url)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(storage, "remove", counted)
+            try:
+                collect(store, 1)
+            except StoppedError:
+                removals += 1
+            else:
+                break
+        verified = verify_store(store)
+        assert verified.problems == ()
+        assert {4, 6} <= set(numbers(store))
+        if 1 in store.retired() and 1 in store.round_numbers() and not tried:
+            tried = True  # nobody goes on in a round that is half removed
+            assert score_round(store, SPEC, checkpoint=str(made.parent / "0.pt"), client=client).number == 7
+            continue
+        collect(store, 1)
+        assert files(store) == files(whole)
+        shutil.rmtree(store.url)
+    assert tried
+    assert removals > 10
+
+
+# ---- the command -----------------------------------------------------------------------------------------------------
+
+
+def test_the_command(store: Store) -> None:
+    def run(*arguments: Any) -> Any:
+        return CliRunner().invoke(app, ["--store", store.url, *map(str, arguments)])
+
+    before = files(store)
+    dry = run("--keep", 1, "--dry-run", "--json")
+    assert dry.exit_code == 0, dry.output
+    assert (json.loads(dry.stdout)["removed"], json.loads(dry.stdout)["rounds"]) == (False, [])
+    assert files(store) == before
+    for number in range(1, 7):  # all of them two hours ago
+        path = Path(store.path(schema.manifest_path(number)))
+        manifest = json.loads(path.read_text())
+        manifest["ended"] = later(hours=-2).isoformat()
+        path.write_text(json.dumps(manifest))
+    told = run("--keep", 1, "--dry-run")
+    assert "would remove 4 rounds" in told.stdout
+    assert "stays: round 4, round 6 was cut from its score tables" in told.stdout
+    assert run("--keep", 1).exit_code == 0
+    assert numbers(store) == [4, 6]
+    assert run().exit_code == run("--keep", 0).exit_code == 2
+
+
+def test_the_newest_round_cannot_be_given_up(store: Store) -> None:
+    with pytest.raises(UsageError, match="newest round always stays"):
+        find_garbage(store, keep=0)

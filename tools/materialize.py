@@ -1,0 +1,69 @@
+"""`dynams materialize`: write the selected samples of a round as ordinary tar shards."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from typing import Annotated
+
+import typer
+
+from dynams_stream.store import Store
+from pipeline.materialize_job import Materialized, materialize
+from tools.command import (
+    ConfigOption,
+    DebugOption,
+    JsonOption,
+    StoreOption,
+    WorkersOption,
+    progress_bar,
+    run,
+    show,
+)
+
+app = typer.Typer(add_completion=False)
+
+
+@app.command(name="materialize")
+def command(
+    store: StoreOption,
+    out: Annotated[str, typer.Option("--out", help="A new or empty folder or object-store prefix for the shards.")],
+    round: Annotated[str, typer.Option("--round", help="A round's number, or latest.")] = "latest",
+    samples_per_shard: Annotated[
+        int | None,
+        typer.Option("--samples-per-shard", min=1, help="Default: as many as the dataset's shards have on average."),
+    ] = None,
+    prefix: Annotated[str, typer.Option("--prefix", help="Of the shards' names.")] = "selected",
+    unique_keys: Annotated[
+        bool, typer.Option("--unique-keys", help="Put each sample's number before its key, which may repeat else.")
+    ] = False,
+    workers: WorkersOption = None,
+    config: ConfigOption = None,
+    json: JsonOption = False,
+    debug: DebugOption = False,
+) -> None:
+    """Write the selected samples of a round as ordinary WebDataset shards, with a manifest of their hashes.
+
+    Killed or stopped, the same command goes on with the shards that are missing; finished, it exits 0 at once.
+
+    Example: dynams materialize --store runs/a --out data/selected
+    """
+    with progress_bar("materialize", "samples") as progress:
+        made = materialize(
+            Store(store), out, round=round, samples_per_shard=samples_per_shard, prefix=prefix,
+            unique_keys=unique_keys, workers=workers, progress=progress,
+        )  # fmt: skip
+    show({**asdict(made), "samples": made.samples}, in_words(made), json)
+
+
+def in_words(made: Materialized) -> str:
+    """The result for people."""
+    size = sum(shard.bytes for shard in made.shards) / 1e6
+    done = "written before" if not made.written else f"{made.written:,} of them now"
+    return (
+        f"{made.folder}: round {made.round}, {made.samples:,} samples in {len(made.shards):,} shards, {size:,.1f} MB, "
+        f"{done}"
+    )
+
+
+if __name__ == "__main__":
+    run(app, name="dynams materialize")
