@@ -346,6 +346,17 @@ def write_bytes(url: str, data: bytes) -> None:
         file.write(data)
 
 
+def write_unsynced(url: str, data: bytes) -> None:
+    """As `write_bytes`, but a local file is not waited for: after a power cut it may be empty."""
+    if not is_local(url):
+        write_bytes(url, data)
+        return
+    temporary = _temporary_name(url)
+    with open(temporary, "xb") as file:
+        file.write(data)
+    os.replace(temporary, url)
+
+
 def create(url: str, data: bytes) -> None:
     """Write a whole file or object only if none is there: a hard link locally, a conditional PUT in an object store.
 

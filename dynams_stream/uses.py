@@ -67,21 +67,9 @@ class UseMarker:
         url = self._store.path(schema.use_path(round, version, self._loader))
         about = {"who": f"{socket.gethostname()}:{os.getpid()}", "time": datetime.now(UTC).isoformat()}
         try:
-            _write(url, json.dumps(about).encode())
+            storage.write_unsynced(url, json.dumps(about).encode())
         except Exception as error:  # noqa: BLE001 (whatever a store's client raises, training goes on)
             logger.debug("%s: no mark could be left (%r)", url, error)
-
-
-def _write(url: str, data: bytes) -> None:
-    """Whole or not at all, but without waiting for the disk: nobody's data is lost with a mark."""
-    if not storage.is_local(url):
-        storage.write_bytes(url, data)
-        return
-    os.makedirs(os.path.dirname(url), exist_ok=True)
-    temporary = f"{url}.{uuid.uuid4().hex}.tmp"
-    with open(temporary, "xb") as file:
-        file.write(data)
-    os.replace(temporary, url)
 
 
 def read_uses(store: Store) -> Iterator[Use]:
