@@ -118,12 +118,13 @@ def table(rows: Sequence[Row], against: str = FULL) -> str:
 
 
 def plot_frontier(rows: Sequence[Row], path: Path) -> None:
-    """Accuracy against processor seconds and FLOPs: full data for fewer epochs as a line, DynaMS as points."""
+    """Accuracy against processor seconds and FLOPs: full data for fewer epochs as a line, DynaMS as numbered points."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(12, 5.5), layout="constrained")
-    panels = figure.subplots(1, 2, sharey=True)
+    figure = Figure(figsize=(14, 6), layout="constrained")
+    *panels, names = figure.subplots(1, 3, width_ratios=(5, 5, 1.6))
     full = [row for row in rows if row.name == FULL or (row.name.startswith(FULL) and row.name.endswith("epochs"))]
+    points = [row for row in rows if row.name.startswith(tuple(_SCORERS))]
     for panel, label, cost in zip(
         panels,
         ("processor seconds", "FLOPs"),
@@ -134,20 +135,26 @@ def plot_frontier(rows: Sequence[Row], path: Path) -> None:
             [cost(row) for row in full], [row.accuracy for row in full], [row.deviation for row in full],
             marker="o", color="black", capsize=2, label="full data, 3 to 12 epochs",
         )  # fmt: skip
-        for scorer, colour in (("proxy", "tab:blue"), ("model", "tab:orange")):
-            points = [row for row in rows if row.name.startswith(scorer)]
+        for scorer, colour in _SCORERS.items():
+            own = [row for row in points if row.name.startswith(scorer)]
             panel.errorbar(
-                [cost(row) for row in points], [row.accuracy for row in points], [row.deviation for row in points],
-                fmt="o", color=colour, capsize=2, alpha=0.8, label=f"DynaMS, scored by the {scorer}",
+                [cost(row) for row in own], [row.accuracy for row in own], [row.deviation for row in own],
+                fmt="o", color=colour, capsize=2, alpha=0.7, elinewidth=0.8, label=f"DynaMS, scored by the {scorer}",
             )  # fmt: skip
-            for row in points:
-                short = row.name.removeprefix(scorer).removeprefix(", ") or "default"
-                panel.annotate(short, (cost(row), row.accuracy), fontsize=6, xytext=(3, 2), textcoords="offset points")
+        for number, row in enumerate(points, 1):
+            place = (cost(row), row.accuracy)
+            panel.annotate(str(number), place, fontsize=7, xytext=(4, 3), textcoords="offset points")
         panel.set(xlabel=label)
         panel.grid(alpha=0.3)
     panels[0].set(ylabel="test accuracy, %")
     panels[0].legend(fontsize=8, loc="lower right")
+    names.axis("off")
+    text = "\n".join(f"{number:>2}  {row.name}" for number, row in enumerate(points, 1))
+    names.text(0, 1, text, va="top", fontsize=8, family="monospace")
     figure.savefig(path, dpi=130)
+
+
+_SCORERS = {"proxy": "tab:blue", "model": "tab:orange"}
 
 
 def plot_budgets(rows: Sequence[Row], path: Path) -> None:
@@ -177,5 +184,6 @@ def plot_budgets(rows: Sequence[Row], path: Path) -> None:
         panel.minorticks_off()
         panel.grid(alpha=0.3)
     figure.axes[0].set(ylabel="test accuracy, %")
-    figure.axes[-1].legend(fontsize=8, loc="lower right")
+    handles, labels = figure.axes[-1].get_legend_handles_labels()
+    figure.legend(handles, labels, fontsize=8, loc="outside lower center", ncols=4)
     figure.savefig(path, dpi=130)
