@@ -21,8 +21,8 @@ class OrderedMap(Protocol):
         """`function(item)` for each item, in order."""
 
 
-def ordered_thread_map(workers: int) -> OrderedMap:
-    """A `map` that runs in `workers` threads.
+def ordered_thread_map(workers: int, initializer: Callable[[], object] | None = None) -> OrderedMap:
+    """A `map` that runs in `workers` threads, each of which calls `initializer` first.
 
     At most 2 × workers items are taken from the input before their results have been consumed, so memory stays flat
     however many items there are. The first error, in the order of the items, is raised in its place; what has not begun
@@ -36,7 +36,7 @@ def ordered_thread_map(workers: int) -> OrderedMap:
 
     def mapped(function: Callable[[A], B], items: Iterable[A], /) -> Iterator[B]:
         source = iter(items)
-        pool = ThreadPoolExecutor(workers, thread_name_prefix="dynams-map")
+        pool = ThreadPoolExecutor(workers, thread_name_prefix="dynams-map", initializer=initializer)
         try:
             waiting: deque[Future[B]] = deque(pool.submit(function, item) for item in islice(source, 2 * workers))
             while waiting:

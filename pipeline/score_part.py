@@ -11,7 +11,7 @@ import threading
 import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any
 
 import torch
@@ -71,7 +71,9 @@ def score_part(task: PartTask) -> Receipt:
     scorer = worker_scorer(task.spec, task.checkpoint, task.checkpoint_sha256, task.device)
     clock, table = Clock(), ScoreTable()
     batches = part_batches(task.store, task.part, task.urls, task.fingerprints, task.spec.batch_size)
-    decoded = ordered_thread_map(_decode_threads())(Decoder(scorer, clock), batches)
+    # torch's own threads, which a thread sets for itself, are for the forward pass: transforms run in several already
+    decode = ordered_thread_map(_decode_threads(), initializer=partial(torch.set_num_threads, 1))
+    decoded = decode(Decoder(scorer, clock), batches)
     for batch, columns in scored_batches(scorer, decoded, clock):
         table.add(batch, columns)
     return _write(task, table, clock)
@@ -127,8 +129,7 @@ def worker_scorer(spec: ScorerSpec, checkpoint: str | None, sha256: str | None, 
     Raises:
         CheckpointError: when the checkpoint is not the one of that digest.
     """
-    # On a GPU all that torch computes here are transforms, in several threads already; none may start more of them.
-    torch.set_num_threads(1 if device.startswith("cuda") else _cores())
+    torch.set_num_threads(_cores())
     with _building:
         return _cached_scorer(_Hashable(spec), checkpoint, sha256, worker_device(device))
 

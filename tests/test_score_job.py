@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -138,6 +139,23 @@ def test_a_rerun_does_only_what_is_missing(digit_store: Store, checkpoint: str, 
     assert second.resumed_parts == first.parts - 2
     assert kept.stat().st_mtime_ns == written
     assert tables(digit_store, first.number).equals(undisturbed)
+
+
+def test_torchs_threads_are_for_the_forward_pass(
+    digit_store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """(In this process, as on a worker with three cores: three decoding threads with three each would be nine.)"""
+    torch.save(toy_models.watched_linear().state_dict(), tmp_path / "linear.pt")
+    spec = replace(LINEAR, model="toy_models:watched_linear", transform="toy_models:watched_gray")
+    monkeypatch.setenv("DYNAMS_CORES", "3")
+    before = torch.get_num_threads()
+    try:
+        with Client(processes=False, n_workers=1, threads_per_worker=1, dashboard_address=":0") as inside:
+            score_round(digit_store, spec, checkpoint=str(tmp_path / "linear.pt"), client=inside)
+    finally:
+        torch.set_num_threads(before)
+    found = toy_models.TORCH_THREADS
+    assert (found["transform"], found["forward"]) == ({1}, {3})
 
 
 def test_scoring_with_the_proxy(digit_store: Store, client: Client, tmp_path: Path) -> None:

@@ -86,6 +86,27 @@ def mended_later(image: Image.Image) -> Tensor:
     return gray(image)
 
 
+TORCH_THREADS: dict[str, set[int]] = {"transform": set(), "forward": set()}
+"""How many threads torch might start, as `watched_gray` and `watched_linear` found it."""
+
+
+def watched_gray(image: Image.Image) -> Tensor:
+    """As `gray`; notes how many threads torch might start for it."""
+    TORCH_THREADS["transform"].add(torch.get_num_threads())
+    return gray(image)
+
+
+class _Watched(nn.Flatten):
+    def forward(self, inputs: Tensor) -> Tensor:
+        TORCH_THREADS["forward"].add(torch.get_num_threads())
+        return super().forward(inputs)
+
+
+def watched_linear() -> nn.Module:
+    """As `linear`; notes how many threads torch might start for it."""
+    return nn.Sequential(_Watched(), linear()[1])
+
+
 def out_of_memory(*arguments: object) -> None:
     """A worker's task that fails as one does whose model is too large."""
     raise MemoryError("cannot allocate")
