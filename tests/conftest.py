@@ -5,8 +5,10 @@ from __future__ import annotations
 import gc
 import os
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
+import fsspec
 import pytest
 import torch
 from distributed import Client
@@ -53,3 +55,22 @@ def client(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Client]:
     with dask_client(workers=2) as connected:
         yield connected
         gc.collect()  # who collects a DataLoader waits for its workers: the client's thread would not hear `close` then
+
+
+@pytest.fixture(scope="module")
+def s3_bucket() -> Iterator[str]:
+    """`s3://…` of a bucket on a real S3 server in this process, to which the environment leads for a module's tests."""
+    server = pytest.importorskip("moto.server").ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    server.start()
+    host, port = server.get_host_and_port()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("AWS_ACCESS_KEY_ID", "testing")
+        patch.setenv("AWS_SECRET_ACCESS_KEY", "testing")
+        patch.setenv("AWS_DEFAULT_REGION", "us-east-1")
+        patch.setenv("AWS_ENDPOINT_URL", f"http://{host}:{port}")
+        fsspec.get_filesystem_class("s3").clear_instance_cache()
+        with suppress(FileExistsError):  # moto keeps its buckets when a server stops
+            fsspec.filesystem("s3").mkdir("bucket")
+        yield "s3://bucket"
+        fsspec.get_filesystem_class("s3").clear_instance_cache()
+    server.stop()
