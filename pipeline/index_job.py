@@ -60,6 +60,7 @@ class IndexReport:
         samples: how many samples they hold.
         repeated_keys: samples whose key another sample of their shard had before; they are kept apart.
         reused_shards: shards that an earlier, perhaps interrupted run had indexed.
+        new_shards, changed_shards, removed_shards: against the newest dataset version before.
         seconds: how long it took.
     """
 
@@ -69,6 +70,9 @@ class IndexReport:
     samples: int
     repeated_keys: int
     reused_shards: int
+    new_shards: int
+    changed_shards: int
+    removed_shards: int
     seconds: float
 
 
@@ -78,6 +82,7 @@ def build_index(
     *,
     workers: int | None = None,
     progress: Callable[[int, int], None] | None = None,
+    drop_removed: bool = False,
 ) -> IndexReport:
     """Index shards and publish them as a new dataset version, unless the newest one describes exactly these bytes.
 
@@ -86,9 +91,10 @@ def build_index(
         urls: the shards, in order; see `expand_shards`.
         workers: shards that are read at once; by default one per core, or 16 when some are remote.
         progress: called with the shards that are indexed and all of them.
+        drop_removed: leave out shards that the newest dataset version has and that are gone, instead of refusing.
 
     Raises:
-        UsageError: for no shards, or one that is named twice.
+        UsageError: for no shards, or one that is named twice; when all of them are gone.
         BadShardsError: lists every shard that cannot be used. Nothing is published; the others' index is kept.
         StoreError: when another job published a dataset version meanwhile.
     """
@@ -101,6 +107,8 @@ def build_index(
     previous = store.dataset() if versions else None
     outcomes = zip(shards, ordered_thread_map(threads)(_fingerprint, shards), strict=True)
     prints = {url: found for url, found in outcomes if isinstance(found, str)}
+    if drop_removed and previous is not None:
+        shards = _without_removed(shards, prints, previous)
 
     job = _Job(store, previous, prints)
     reused = len(job.found)
@@ -125,6 +133,7 @@ def build_index(
         samples=dataset.samples,
         repeated_keys=_repeated_keys(store, dataset),
         reused_shards=reused,
+        **_changes(previous, dataset),
         seconds=time.monotonic() - started,
     )
 
@@ -141,6 +150,26 @@ def _fingerprint(url: str) -> str | None:
         raise
     except Exception:  # noqa: BLE001  whatever a file system's client raises, the other shards go on
         return None
+
+
+def _without_removed(shards: list[str], prints: Mapping[str, str], previous: Dataset) -> list[str]:
+    """The shards that are there, and those that were never: it is for indexing to explain what is wrong with them."""
+    known = set(previous.urls)
+    stay = [url for url in shards if url in prints or url not in known or storage.exists(url)]
+    if not stay:
+        raise UsageError(f"none of {len(shards)} shards is there any more ({shards[0]}, …); is their disk mounted?")
+    return stay
+
+
+def _changes(before: Dataset | None, now: Dataset) -> dict[str, int]:
+    """How many shards are new, changed and removed."""
+    old = {} if before is None else dict(zip(before.urls, before.fingerprints, strict=True))
+    new = dict(zip(now.urls, now.fingerprints, strict=True))
+    return {
+        "new_shards": len(new.keys() - old.keys()),
+        "changed_shards": sum(old[url] != new[url] for url in new.keys() & old.keys()),
+        "removed_shards": len(old.keys() - new.keys()),
+    }
 
 
 def _describes(dataset: Dataset | None, shards: list[str], prints: Mapping[str, str]) -> bool:

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import glob
+import json
 import os
 from collections import Counter
 from collections.abc import Iterator, Sequence
 
 from braceexpand import braceexpand
 
-from dynams_stream import storage
+from dynams_stream import schema, storage
 from dynams_stream.errors import UsageError
+from dynams_stream.store import Store
 
 _MAGIC = frozenset("*?[")
 
@@ -32,6 +34,31 @@ def expand_shards(patterns: Sequence[str]) -> list[str]:
     if twice:
         raise UsageError(f"{len(twice)} shards are named more than once, {twice[0]} for one; name each shard once")
     return shards
+
+
+def remember_shards(store: Store, patterns: Sequence[str]) -> None:
+    """Keep how the shards were named, for `remembered_shards`."""
+    absolute = [
+        "@" + storage.absolute(each[1:]) if each.startswith("@") else storage.absolute(each) for each in patterns
+    ]
+    url, text = store.path(schema.SHARDS_FILE), (json.dumps(absolute, indent=2) + "\n").encode()
+    if not storage.exists(url) or storage.read_bytes(url) != text:
+        storage.write_bytes(url, text)
+
+
+def remembered_shards(store: Store) -> list[str]:
+    """The patterns that the shards were named by when they were indexed last.
+
+    Raises:
+        UsageError: they are not known.
+    """
+    try:
+        patterns = json.loads(storage.read_bytes(store.path(schema.SHARDS_FILE)))
+    except FileNotFoundError as error:
+        raise UsageError(
+            f"{store.url} does not know how its shards were named; name them once, with --refresh"
+        ) from error
+    return [str(pattern) for pattern in patterns]
 
 
 def _expand(pattern: str) -> Iterator[str]:
