@@ -15,6 +15,8 @@
     │   ├── NotIndexedError          no dataset has been indexed into it
     │   ├── RoundNotFoundError       no such published round
     │   ├── RoundExistsError         another job published this round first              (exit 3)
+    │   ├── StoreBusyError           another job works on it; names it                   (exit 3)
+    │   ├── LeaseLostError           another job took over from this one                 (exit 3)
     │   └── ScoresIncompleteError    score tables are missing for a selection
     ├── ModelError                 a model cannot be built, slimmed or scored with
     │   ├── HeadError                the last linear layer was not found, or does not fit
@@ -109,6 +111,14 @@ class RoundNotFoundError(StoreError):
 
 class RoundExistsError(StoreError):
     """Another job published this round first."""
+
+
+class StoreBusyError(StoreError):
+    """Another job works on the store."""
+
+
+class LeaseLostError(StoreError):
+    """Another job took the store over while this one gave no sign of itself."""
 
 
 class ScoresIncompleteError(StoreError):

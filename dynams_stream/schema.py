@@ -121,6 +121,7 @@ WEIGHTS_FOLDER = "control/weights"
 INDEXING_FOLDER = "control/indexing"
 CALLS_FOLDER = "control/calls"
 USES_FOLDER = "control/uses"
+LEASE_FOLDER = "control/lease"
 RETIRED_FOLDER = "control/retired"
 
 
@@ -187,6 +188,11 @@ def selection_claim_path(number: int) -> str:
 def use_path(number: int, version: int, loader: str) -> str:
     """Path of a loader's mark that it reads round `number`, or everything (0), of dataset `version`."""
     return f"{USES_FOLDER}/{number_name(number)}-{number_name(version)}-{loader}.json"
+
+
+def lease_path(number: int) -> str:
+    """Path of the lease of that number: the highest one is in force."""
+    return f"{LEASE_FOLDER}/{number_name(number)}.json"
 
 
 def retired_path(number: int) -> str:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import os
 import uuid
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -223,8 +223,15 @@ class Store:
             raise StoreError(f"{self.path(path)}: not the JSON of a claim ({error}); remove it") from error
         return claim
 
-    def publish(self, number: int, manifest: Mapping[str, Any]) -> Round:
+    def publish(
+        self, number: int, manifest: Mapping[str, Any], *, still_ours: Callable[[], None] | None = None
+    ) -> Round:
         """Publish round `number`: create its `round.json`, after all its other files are written.
+
+        Args:
+            number: the round.
+            manifest: what `round.json` says.
+            still_ours: called right before; raises when another job has taken over.
 
         Raises:
             RoundExistsError: when another job published this round first; its round stays as it is.
@@ -235,6 +242,8 @@ class Store:
         self._require_selection(number, manifest)
         storage.remove_leftovers(self.path(schema.scores_folder(number)))
         storage.remove_leftovers(folder, spare=os.path.basename(url))
+        if still_ours is not None:
+            still_ours()
         try:
             storage.create(url, text)
         except FileNotFoundError:

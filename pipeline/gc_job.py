@@ -23,6 +23,7 @@ from dynams_stream.dataset import Dataset
 from dynams_stream.errors import UsageError
 from dynams_stream.store import Round, Store
 from dynams_stream.uses import Use, read_uses
+from pipeline.lease import store_lease
 from pipeline.verify_job import orphans
 
 UNUSED_FOR = timedelta(days=14)
@@ -105,7 +106,16 @@ def find_garbage(
 
 
 def remove_garbage(store: Store, garbage: Garbage) -> None:
-    """Remove it. Run again after a stop, `find_garbage` finds what is left."""
+    """Remove it. Run again after a stop, `find_garbage` finds what is left.
+
+    Raises:
+        StoreBusyError: another job works on the store.
+    """
+    with store_lease(store, "gc"):
+        _remove(store, garbage)
+
+
+def _remove(store: Store, garbage: Garbage) -> None:
     for number in sorted({*garbage.rounds, *garbage.abandoned, *_half_removed(store)}, reverse=True):
         _remove_round(store, number)  # later rounds first: they may be cut from the tables of earlier ones
     for version in garbage.versions:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
 from typing import Any, Literal
@@ -22,6 +22,7 @@ from dynams_stream.strategy import Strategy
 from pipeline.calibrate_job import calibrated
 from pipeline.cluster import dask_client
 from pipeline.compare_job import compare_with_model
+from pipeline.lease import OnBusy, store_lease
 from pipeline.ranks import has_several_ranks, on_rank_zero
 from pipeline.score_job import Progress, score_round
 from pipeline.select_job import MOST_DISAGREEMENT, SelectResult, require_options, select_round
@@ -58,6 +59,7 @@ def run_round(
     check_samples: int = CHECK_SAMPLES,
     least_overlap: float = LEAST_OVERLAP,
     fallback: Literal["full"] | None = None,
+    on_busy: OnBusy = "fail",
 ) -> Round:
     """Score the whole dataset with the current weights, select, and publish the round.
 
@@ -82,6 +84,7 @@ def run_round(
             how well the proxy stands in for it: `faithfulness` in `round.json`, and in the log. 0 for none.
         least_overlap: of the two selections on those samples, below which the log warns.
         fallback: "full" then scores everything with the model and selects by that.
+        on_busy: when another job works on the store, "fail" (a `StoreBusyError`) or "wait" for it to end.
 
     Under `torch.distributed` all ranks call it; rank 0 works, the others wait on the store, not in a collective.
 
@@ -105,7 +108,7 @@ def run_round(
             store, scorer, saved, fraction=fraction, strategy=strategy, epoch=epoch, client=client,
             scheduler=scheduler, workers=workers, device=device, max_errors=max_errors, progress=progress,
             calibration_samples=calibration_samples, check_samples=check_samples, least_overlap=least_overlap,
-            fallback=fallback, guards=guards,
+            fallback=fallback, guards=guards, on_busy=on_busy,
         ).round  # fmt: skip
 
     return on_rank_zero(store, work, deadline) if has_several_ranks() else work()
@@ -148,19 +151,46 @@ def make_round(
     fallback: str | None = None,
     guards: Mapping[str, Any] | None = None,
     as_newest: bool = True,
+    on_busy: OnBusy = "fail",
     **job: Any,
 ) -> SelectResult:
     """`run_round` in this process, with saved weights (None for a random order, which has no scores).
 
     `guards` and `as_newest` are `select_round`'s, further arguments `score_round`'s.
     """
-    select = partial(
-        select_round, store, fraction=fraction, strategy=strategy, workers=workers, as_newest=as_newest,
-        **(guards or {}),
-    )  # fmt: skip
+    with store_lease(store, "round", on_busy=on_busy) as lease:
+        select = partial(
+            select_round, store, fraction=fraction, strategy=strategy, workers=workers, as_newest=as_newest,
+            still_ours=lease.require, **(guards or {}),
+        )  # fmt: skip
+        return _make_round(
+            store, scorer, weights, select, fraction=fraction, strategy=strategy, client=client,
+            calibration_samples=calibration_samples, check_samples=check_samples, least_overlap=least_overlap,
+            fallback=fallback, scheduler=scheduler, workers=workers, device=device, epoch=epoch, **job,
+        )  # fmt: skip
+
+
+def _make_round(
+    store: Store,
+    scorer: ScorerSpec,
+    weights: SavedWeights | None,
+    select: Callable[..., SelectResult],
+    *,
+    fraction: float | str,
+    strategy: str,
+    client: Client | None,
+    calibration_samples: int,
+    check_samples: int,
+    least_overlap: float,
+    fallback: str | None,
+    scheduler: str | None,
+    workers: int | None,
+    device: str,
+    **job: Any,
+) -> SelectResult:
     if weights is None:
         return select()
-    job |= {"epoch": epoch, "scheduler": scheduler, "workers": workers, "device": device}
+    job |= {"scheduler": scheduler, "workers": workers, "device": device}
     if weights.model is None and not calibration_samples:
         scored = score_round(store, scorer, checkpoint=weights.scorer, client=client, **job)
         return select(scores_of=scored.number)

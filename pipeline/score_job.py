@@ -22,6 +22,7 @@ from dynams_stream.scorer import ScorerSpec
 from dynams_stream.store import Store
 from pipeline.cluster import dask_client, worker_threads
 from pipeline.cores import available_cores
+from pipeline.lease import OnBusy, store_lease
 from pipeline.pending import finished_parts, scored_round
 from pipeline.receipt import Receipt, total_seconds
 from pipeline.score_part import PartTask, score_part
@@ -122,6 +123,7 @@ def score_round(
     device: str = "cpu",
     max_errors: int | None = None,
     progress: Progress | None = None,
+    on_busy: OnBusy = "fail",
 ) -> ScoredRound:
     """Write the score tables of one round: only those that are missing.
 
@@ -129,8 +131,29 @@ def score_round(
     complete, another identity opens the next round. Arguments as for `run_round`.
 
     Raises:
+        StoreBusyError: another job works on the store.
         ScoringError: when parts failed, or too many samples did; finished parts are kept.
     """
+    with store_lease(store, "score", on_busy=on_busy):
+        return _score_round(
+            store, scorer, checkpoint=checkpoint, epoch=epoch, client=client, scheduler=scheduler, workers=workers,
+            device=device, max_errors=max_errors, progress=progress,
+        )  # fmt: skip
+
+
+def _score_round(
+    store: Store,
+    scorer: ScorerSpec,
+    *,
+    checkpoint: str,
+    epoch: int | None,
+    client: Client | None,
+    scheduler: str | None,
+    workers: int | None,
+    device: str,
+    max_errors: int | None,
+    progress: Progress | None,
+) -> ScoredRound:
     began = time.perf_counter()
     plan = plan_round(store, scorer, checkpoint, device)
     dataset, spec = plan.dataset, plan.spec

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from typing import Any
@@ -55,6 +55,7 @@ def select_round(
     exclude_noisy: bool = False,
     most_disagreement: float = MOST_DISAGREEMENT,
     faithfulness: Faithfulness | None = None,
+    still_ours: Callable[[], None] | None = None,
 ) -> SelectResult:
     """Select the k smallest scores of the whole dataset and publish the round.
 
@@ -72,6 +73,7 @@ def select_round(
             judged by the newest score tables up to those that are cut; `excluded.parquet` of the round lists them.
         most_disagreement: warn when more than this share of the selection has a label that the scorer contradicts.
         faithfulness: how the proxy that scored compared with its model; recorded.
+        still_ours: called right before the round is published; raises when another job has taken over.
 
     Returns:
         The round. Scores that were cut with the same parameters already give the round that did it.
@@ -116,7 +118,7 @@ def select_round(
         manifest["excluded"] = {"samples": result.excluded, "judged_by": judged_by}
     manifest["guards"] = asdict(examine_selection(store, dataset, number, scored, result, most_disagreement))
     manifest["faithfulness"] = None if faithfulness is None else asdict(faithfulness)
-    return SelectResult(store.publish(number, manifest), published=True)
+    return SelectResult(store.publish(number, manifest, still_ours=still_ours), published=True)
 
 
 def require_options(strategy: Strategy, quotas: ClassQuotas, exclude_noisy: bool) -> None:

@@ -25,7 +25,7 @@ from rich.logging import RichHandler
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
 from rich.text import Text
 
-from dynams_stream.errors import DynamsError, RoundExistsError, UsageError
+from dynams_stream.errors import DynamsError, LeaseLostError, RoundExistsError, StoreBusyError, UsageError
 
 EXIT_FAILED, EXIT_USAGE, EXIT_BUSY = 1, 2, 3
 EXIT_INTERRUPTED, EXIT_TERMINATED = 130, 143
@@ -78,7 +78,7 @@ def run(app: typer.Typer | Callable[[], Any], arguments: list[str] | None = None
         sys.exit(EXIT_USAGE)
     except UsageError as error:
         _fail(str(error), EXIT_USAGE, debug)
-    except RoundExistsError as error:
+    except (RoundExistsError, StoreBusyError, LeaseLostError) as error:
         _fail(str(error), EXIT_BUSY, debug)
     except DynamsError as error:
         _fail(str(error), EXIT_FAILED, debug)

@@ -26,10 +26,12 @@ from tools.scoring_options import (
     MaxErrorsOption,
     ModelArgsOption,
     ModelOption,
+    OnBusyOption,
     PrecisionOption,
     SchedulerOption,
     TransformOption,
     WidthOption,
+    busy_policy,
     scorer_spec,
     scoring_progress,
 )
@@ -98,6 +100,7 @@ def rescore_command(
     workers: WorkersOption = None,
     device: DeviceOption = "cpu",
     max_errors: MaxErrorsOption = None,
+    on_busy: OnBusyOption = "skip",
     config: ConfigOption = None,
     json: JsonOption = False,
     debug: DebugOption = False,
@@ -120,7 +123,7 @@ def rescore_command(
     job = {
         "scheduler": scheduler, "workers": workers, "device": device, "max_errors": max_errors, "guards": guards,
         "calibration_samples": calibration_samples, "check_samples": check_samples, "least_overlap": least_overlap,
-        "fallback": fallback,
+        "fallback": fallback, "on_busy": busy_policy(on_busy),
     }  # fmt: skip
     if (checkpoint is None) == (watched is None):
         raise UsageError("give one of --checkpoint FILE and --watch FOLDER")

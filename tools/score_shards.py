@@ -30,10 +30,12 @@ from tools.scoring_options import (
     MaxErrorsOption,
     ModelArgsOption,
     ModelOption,
+    OnBusyOption,
     PrecisionOption,
     SchedulerOption,
     TransformOption,
     WidthOption,
+    busy_policy,
     scorer_spec,
     scoring_progress,
     time_split,
@@ -61,6 +63,7 @@ def score(
     workers: WorkersOption = None,
     device: DeviceOption = "cpu",
     max_errors: MaxErrorsOption = None,
+    on_busy: OnBusyOption = "skip",
     dry_run: DryRunOption = False,
     config: ConfigOption = None,
     json: JsonOption = False,
@@ -85,6 +88,7 @@ def score(
         result = score_round(
             target, settled, checkpoint=storage.absolute(checkpoint), epoch=epoch, scheduler=scheduler,
             workers=workers, device=device, max_errors=max_errors, progress=progress,
+            on_busy=busy_policy(on_busy),
         )  # fmt: skip
     show(as_dict(result), in_words(result, store), json)
 

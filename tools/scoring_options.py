@@ -11,6 +11,7 @@ import typer
 
 from dynams_stream.errors import UsageError
 from dynams_stream.scorer import ScorerSpec
+from pipeline.lease import OnBusy
 from pipeline.score_job import Progress, ScoreProgress
 from tools.command import progress_bar
 
@@ -42,10 +43,25 @@ SchedulerOption = Annotated[
     str | None, typer.Option("--scheduler", help="Address of a running Dask scheduler, tcp://host:8786.")
 ]
 DeviceOption = Annotated[str, typer.Option("--device", help="cpu or cuda.")]
+OnBusyOption = Annotated[
+    str,
+    typer.Option("--on-busy", help="When another job works on the store: skip (exit 3, naming it), or wait for it."),
+]
 MaxErrorsOption = Annotated[
     int | None,
     typer.Option("--max-errors", min=0, help="Failed samples that are still accepted. Default: 1 %, at least 10."),
 ]
+
+
+def busy_policy(text: str) -> OnBusy:
+    """What `--on-busy` means.
+
+    Raises:
+        UsageError: it is neither skip nor wait.
+    """
+    if text not in ("skip", "wait"):
+        raise UsageError(f"--on-busy is skip or wait; got {text!r}")
+    return "wait" if text == "wait" else "fail"
 
 
 def scorer_spec(
