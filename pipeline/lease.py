@@ -92,18 +92,20 @@ def store_lease(store: Store, job: str, *, on_busy: OnBusy = "fail") -> Iterator
     """
     if on_busy not in ("fail", "wait"):
         raise UsageError(f'on_busy is {on_busy!r}; "fail" or "wait" is needed')
-    with _SHARED_LOCK:
-        lease = _SHARED.get((os.getpid(), store.url))
+    own = os.getpid(), store.url  # a forked process shares nothing with its parent
+    one_at_a_time = _LOCKS.setdefault(own, threading.Lock())
+    with one_at_a_time:
+        lease = _SHARED.get(own)
         if lease is None:
-            lease = _SHARED[os.getpid(), store.url] = _acquire(store, job, on_busy)
+            lease = _SHARED[own] = _acquire(store, job, on_busy)
         lease.users += 1
     try:
         yield lease
     finally:
-        with _SHARED_LOCK:
+        with one_at_a_time:
             lease.users -= 1
             if lease.users == 0:
-                del _SHARED[os.getpid(), store.url]
+                del _SHARED[own]
                 lease.give_back()
 
 
@@ -156,7 +158,8 @@ class Lease:
 
 
 _SHARED: dict[tuple[int, str], Lease] = {}
-_SHARED_LOCK = threading.Lock()
+"""The leases that this process holds, by process and store."""
+_LOCKS: dict[tuple[int, str], threading.Lock] = {}
 
 
 def _acquire(store: Store, job: str, on_busy: OnBusy) -> Lease:

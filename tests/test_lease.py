@@ -104,6 +104,23 @@ def test_a_job_may_wait(digit_store: Store, other: OtherJob, caplog: pytest.LogC
     assert "waiting for it to end" in caplog.text
 
 
+def test_waiting_for_one_store_keeps_no_other_waiting(digit_store: Store, other: OtherJob, tmp_path: Path) -> None:
+    got = threading.Event()
+
+    def wait() -> None:
+        with store_lease(digit_store, "gc", on_busy="wait"):
+            got.set()
+
+    waiting = threading.Thread(target=wait)
+    waiting.start()
+    time.sleep(0.5)
+    with store_lease(Store(tmp_path / "another"), "gc"):
+        assert not got.is_set()
+    other.stop()
+    waiting.join(60)
+    assert got.is_set()
+
+
 def test_a_killed_holders_lease_is_taken_over_at_once(digit_store: Store, other: OtherJob) -> None:
     other.kill()
     while other.process.is_alive():
