@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Literal
 
 from dynams_stream import schema, storage
-from dynams_stream.errors import LeaseLostError, StoreBusyError, UsageError
+from dynams_stream.errors import LeaseLostError, StoreBusyError, StoreError, UsageError
 from dynams_stream.store import Store
 
 logger = logging.getLogger(__name__)
@@ -176,18 +176,30 @@ def _acquire(store: Store, job: str, on_busy: OnBusy) -> Lease:
                 since=_now(),
                 renewed=_now(),
             )
-            try:
-                storage.create(store.path(schema.lease_path(mine.number)), _text(mine))
-            except FileExistsError:
-                continue  # another job was faster
-            _remove_old(store, mine.number)
-            return Lease(store, mine)
+            if _take(store, mine):
+                _remove_old(store, mine.number)
+                return Lease(store, mine)
+            continue  # another job was faster
         if on_busy == "fail":
             raise StoreBusyError(f"{store.url} is busy: {newest}; wait for it to end, or stop it")
         if not told:
             logger.warning(f"{store.url} is busy: {newest}; waiting for it to end")
             told = True
         time.sleep(POLL_SECONDS)
+
+
+def _take(store: Store, mine: Holder) -> bool:
+    """Create a lease's file; whether it is in force then."""
+    url = store.path(schema.lease_path(mine.number))
+    try:
+        storage.create(url, _text(mine))
+    except FileExistsError:
+        if _read(store, mine.number) != mine:  # else it is ours: a client whose answer was lost has asked twice
+            return False
+    if max(_numbers(store)) > mine.number:  # others have had the number, given it back and removed it meanwhile
+        storage.remove(url)
+        return False
+    return True
 
 
 def _remove_old(store: Store, newest: int) -> None:
@@ -217,10 +229,13 @@ def _newest(store: Store) -> Holder | None:
 
 
 def _read(store: Store, number: int) -> Holder | None:
+    url = store.path(schema.lease_path(number))
     try:
-        return Holder(**json.loads(storage.read_bytes(store.path(schema.lease_path(number)))))
+        return Holder(**json.loads(storage.read_bytes(url)))
     except FileNotFoundError:
         return None
+    except (ValueError, TypeError) as error:
+        raise StoreError(f"{url}: not the JSON of a lease ({error}); remove it when no job runs") from error
 
 
 def _text(holder: Holder) -> bytes:

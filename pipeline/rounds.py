@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
 from typing import Any, Literal
@@ -158,58 +158,33 @@ def make_round(
 
     `guards` and `as_newest` are `select_round`'s, further arguments `score_round`'s.
     """
+    job |= {"epoch": epoch, "scheduler": scheduler, "workers": workers, "device": device}
     with store_lease(store, "round", on_busy=on_busy) as lease:
         select = partial(
             select_round, store, fraction=fraction, strategy=strategy, workers=workers, as_newest=as_newest,
             still_ours=lease.require, **(guards or {}),
         )  # fmt: skip
-        return _make_round(
-            store, scorer, weights, select, fraction=fraction, strategy=strategy, client=client,
-            calibration_samples=calibration_samples, check_samples=check_samples, least_overlap=least_overlap,
-            fallback=fallback, scheduler=scheduler, workers=workers, device=device, epoch=epoch, **job,
-        )  # fmt: skip
-
-
-def _make_round(
-    store: Store,
-    scorer: ScorerSpec,
-    weights: SavedWeights | None,
-    select: Callable[..., SelectResult],
-    *,
-    fraction: float | str,
-    strategy: str,
-    client: Client | None,
-    calibration_samples: int,
-    check_samples: int,
-    least_overlap: float,
-    fallback: str | None,
-    scheduler: str | None,
-    workers: int | None,
-    device: str,
-    **job: Any,
-) -> SelectResult:
-    if weights is None:
-        return select()
-    job |= {"scheduler": scheduler, "workers": workers, "device": device}
-    if weights.model is None and not calibration_samples:
-        scored = score_round(store, scorer, checkpoint=weights.scorer, client=client, **job)
-        return select(scores_of=scored.number)
-    found = None
-    with dask_client(client, scheduler=scheduler, workers=workers, device=device) as connected:
-        full = replace(scorer, width=1.0)
-        if calibration_samples:
-            prepare = partial(calibrated, store, samples=calibration_samples, client=connected, device=device)
-            model = None if weights.model is None else prepare(full, weights.model)
-            weights = SavedWeights(prepare(scorer, weights.scorer), model)
-        scored = score_round(store, scorer, checkpoint=weights.scorer, client=connected, **job)
-        if weights.model is not None:
-            found = compare_with_model(
-                store, scored, weights.model, strategy=Strategy.parse(strategy), fraction=fraction,
-                samples=check_samples, client=connected, device=device,
-            )  # fmt: skip
-            if has_drifted(found, least_overlap) and fallback == "full":
-                scored = score_round(store, full, checkpoint=weights.model, client=connected, **job)
-    return select(scores_of=scored.number, faithfulness=found)
+        if weights is None:
+            return select()
+        if weights.model is None and not calibration_samples:
+            scored = score_round(store, scorer, checkpoint=weights.scorer, client=client, **job)
+            return select(scores_of=scored.number)
+        found = None
+        with dask_client(client, scheduler=scheduler, workers=workers, device=device) as connected:
+            full = replace(scorer, width=1.0)
+            if calibration_samples:
+                prepare = partial(calibrated, store, samples=calibration_samples, client=connected, device=device)
+                model = None if weights.model is None else prepare(full, weights.model)
+                weights = SavedWeights(prepare(scorer, weights.scorer), model)
+            scored = score_round(store, scorer, checkpoint=weights.scorer, client=connected, **job)
+            if weights.model is not None:
+                found = compare_with_model(
+                    store, scored, weights.model, strategy=Strategy.parse(strategy), fraction=fraction,
+                    samples=check_samples, client=connected, device=device,
+                )  # fmt: skip
+                if has_drifted(found, least_overlap) and fallback == "full":
+                    scored = score_round(store, full, checkpoint=weights.model, client=connected, **job)
+        return select(scores_of=scored.number, faithfulness=found)
 
 
 def has_drifted(found: Faithfulness, least_overlap: float) -> bool:

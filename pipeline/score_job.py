@@ -134,50 +134,31 @@ def score_round(
         StoreBusyError: another job works on the store.
         ScoringError: when parts failed, or too many samples did; finished parts are kept.
     """
-    with store_lease(store, "score", on_busy=on_busy):
-        return _score_round(
-            store, scorer, checkpoint=checkpoint, epoch=epoch, client=client, scheduler=scheduler, workers=workers,
-            device=device, max_errors=max_errors, progress=progress,
-        )  # fmt: skip
-
-
-def _score_round(
-    store: Store,
-    scorer: ScorerSpec,
-    *,
-    checkpoint: str,
-    epoch: int | None,
-    client: Client | None,
-    scheduler: str | None,
-    workers: int | None,
-    device: str,
-    max_errors: int | None,
-    progress: Progress | None,
-) -> ScoredRound:
     began = time.perf_counter()
-    plan = plan_round(store, scorer, checkpoint, device)
-    dataset, spec = plan.dataset, plan.spec
-    number = plan.number if plan.number is not None else store.claim_round(plan.identity)
-    limit = max_errors if max_errors is not None else max(10, dataset.samples // 100)
-    if sum(receipt.failed for receipt in plan.receipts.values()) > limit and not _is_published(store, number):
-        # What failed may have been mended (a transform, a file): those parts are scored again, the others kept.
-        # Not in a published round, which never changes: there the failures are reported below.
-        plan = replace(plan, receipts={part: done for part, done in plan.receipts.items() if not done.failed})
-    receipts, resumed = dict(plan.receipts), plan.receipts
-    provenance = {
-        "checkpoint": checkpoint,
-        "epoch": epoch if epoch is not None else checkpoint_epoch(checkpoint),
-        "started": datetime.now(UTC).isoformat(timespec="seconds"),
-    }
-    pending = _part_tasks(store, plan, number, checkpoint, provenance, device)
-    if pending:
-        local_workers = workers if workers is not None or device != "cpu" else min(available_cores(), len(pending))
-        with dask_client(client, scheduler=scheduler, workers=local_workers, device=device) as connected:
-            for receipt in _run_parts(connected, pending):
-                receipts[receipt.part] = receipt
-                if progress is not None:
-                    progress(_progress(dataset, receipts, resumed))
-                _check_failures(store, receipts, limit)
+    with store_lease(store, "score", on_busy=on_busy):
+        plan = plan_round(store, scorer, checkpoint, device)
+        dataset, spec = plan.dataset, plan.spec
+        number = plan.number if plan.number is not None else store.claim_round(plan.identity)
+        limit = max_errors if max_errors is not None else max(10, dataset.samples // 100)
+        if sum(receipt.failed for receipt in plan.receipts.values()) > limit and not _is_published(store, number):
+            # What failed may have been mended (a transform, a file): those parts are scored again, the others kept.
+            # Not in a published round, which never changes: there the failures are reported below.
+            plan = replace(plan, receipts={part: done for part, done in plan.receipts.items() if not done.failed})
+        receipts, resumed = dict(plan.receipts), plan.receipts
+        provenance = {
+            "checkpoint": checkpoint,
+            "epoch": epoch if epoch is not None else checkpoint_epoch(checkpoint),
+            "started": datetime.now(UTC).isoformat(timespec="seconds"),
+        }
+        pending = _part_tasks(store, plan, number, checkpoint, provenance, device)
+        if pending:
+            local_workers = workers if workers is not None or device != "cpu" else min(available_cores(), len(pending))
+            with dask_client(client, scheduler=scheduler, workers=local_workers, device=device) as connected:
+                for receipt in _run_parts(connected, pending):
+                    receipts[receipt.part] = receipt
+                    if progress is not None:
+                        progress(_progress(dataset, receipts, resumed))
+                    _check_failures(store, receipts, limit)
     _check_counts(dataset, receipts)
     _check_failures(store, receipts, limit)
     _check_content(store, spec, receipts)

@@ -11,6 +11,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -18,16 +19,18 @@ from typing import Any
 import pytest
 import torch
 from distributed import Client
+from typer.testing import CliRunner
 
 import toy_models
 from dynams_stream import ScorerSpec, Store, schema, storage
-from dynams_stream.errors import LeaseLostError, StoreBusyError, UsageError
+from dynams_stream.errors import LeaseLostError, StoreBusyError, StoreError, UsageError
 from pipeline import lease
 from pipeline.lease import current_holder, store_lease
 from pipeline.rounds import make_round
 from pipeline.score_job import score_round
 from pipeline.select_job import select_round
 from pipeline.weights import SavedWeights
+from tools.status import app
 
 SPEC = ScorerSpec(model="toy_models:linear", input="png", label="cls", transform="toy_models:gray")
 FORK = multiprocessing.get_context("fork")
@@ -90,8 +93,12 @@ def test_a_second_job_is_told_who_is_at_work(
     assert holder is not None
     assert (holder.pid, holder.job, holder.number) == (other.process.pid, "score", 1)
     select_round(digit_store, fraction="0.5", strategy="random:1")  # cutting what is there goes on
+    told = [CliRunner().invoke(app, ["--store", digit_store.url, *more]).stdout for more in ([], ["--json"])]
+    assert f"at work: score (process {other.process.pid} on " in told[0]
+    assert json.loads(told[1])["at_work"]["pid"] == other.process.pid
     other.stop()
     assert current_holder(digit_store) is None
+    assert json.loads(CliRunner().invoke(app, ["--store", digit_store.url, "--json"]).stdout)["at_work"] is None
     assert score_round(digit_store, SPEC, checkpoint=checkpoint, client=client).samples == 1437
 
 
@@ -242,6 +249,22 @@ def test_a_paused_job_that_wakes_publishes_nothing(
     assert "took over" in said
     assert [one.number for one in digit_store.rounds()] == [made.number]
     assert made.counts["selected"] == 360
+
+
+def test_a_number_that_others_have_had_and_removed_is_no_lease(digit_store: Store) -> None:
+    with store_lease(digit_store, "score") as mine:
+        held = mine._holder
+        assert not lease._take(digit_store, replace(held, number=1, pid=held.pid + 1))  # another's
+        assert lease._take(digit_store, held)  # asked twice by a client whose answer was lost
+        storage.write_bytes(digit_store.path(schema.lease_path(3)), lease._text(replace(held, number=3)))
+        assert not lease._take(digit_store, replace(held, number=2))
+    assert storage.list_names(digit_store.path(schema.LEASE_FOLDER)) == ["000001.json", "000003.json"]
+
+
+def test_a_damaged_lease_is_named(digit_store: Store) -> None:
+    storage.write_bytes(digit_store.path(schema.lease_path(1)), b"{ half")
+    with pytest.raises(StoreError, match=r"000001\.json: not the JSON of a lease"), store_lease(digit_store, "score"):
+        pass
 
 
 def test_losing_it_stops_publication_alone(digit_store: Store) -> None:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from datetime import UTC, datetime
 from typing import Annotated
 
 import typer
 
 from dynams_stream.store import Round, Store
+from pipeline.lease import current_holder
 from tools.command import ConfigOption, DebugOption, JsonOption, StoreOption, run, show
 from tools.select_subset import round_summary
 
@@ -30,8 +32,10 @@ def status(
     dataset = target.dataset()
     rounds = target.rounds()
     unpublished = sorted(set(target.round_numbers()) - {published.number for published in rounds})
+    holder = current_holder(target)
     result = {
         "store": target.url,
+        "at_work": None if holder is None else asdict(holder),
         "dataset": {
             "version": dataset.version,
             "shards": len(dataset.urls),
@@ -44,7 +48,8 @@ def status(
         "unpublished_rounds": unpublished,
         "newest_round_age_seconds": round(age_seconds(rounds[-1]), 1) if rounds else None,
     }
-    show(result, in_words(result, rounds[-last:]), json)
+    at_work = [] if holder is None else [f"at work: {holder}"]
+    show(result, "\n".join([in_words(result, rounds[-last:]), *at_work]), json)
 
 
 def age_seconds(published: Round) -> float:
