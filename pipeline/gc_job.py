@@ -6,6 +6,7 @@ A published round stays when one of these holds:
 2. a round that stays was cut from its score tables
 3. it was the newest until less than an hour ago: a loader may have looked it up and not have opened it yet
 4. a loader has begun an epoch of it, or saved a state that names it, less than `unused_for` ago (`control/uses`)
+5. a selection that was begun less than `unused_for` ago is cut from its score tables
 
 A round that was begun and not published stays until nothing was written to it for `unused_for`. Removal may be stopped
 anywhere: the number is retired, then the manifest goes, so that readers find no round, then the rest.
@@ -14,7 +15,7 @@ anywhere: the number is retired, then the manifest goes, so that readers find no
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 
@@ -82,13 +83,13 @@ def find_garbage(
     now = now or datetime.now(UTC)
     rounds = store.rounds()
     uses = [use for use in read_uses(store) if now - use.time < unused_for]
-    kept = _kept(rounds, keep, uses, now)
+    stale = _Stale(store, now - unused_for)
+    kept = _kept(rounds, keep, uses, _begun_cuts(store, rounds, stale), now)
     newest = {published.number for published in rounds[-keep:]}
     staying = [published for published in rounds if published.number in newest or published.number in kept]
     gone = [published for published in rounds if published not in staying]
     versions = {version: store.dataset(version) for version in store.dataset_versions()}
     spare = _spare_versions(versions, staying, uses)
-    stale = _Stale(store, now - unused_for)
     return Garbage(
         rounds=tuple(published.number for published in gone),
         abandoned=tuple(_abandoned(store, rounds, kept, stale)),
@@ -105,18 +106,21 @@ def find_garbage(
     )
 
 
-def remove_garbage(store: Store, garbage: Garbage) -> None:
-    """Remove it. Run again after a stop, `find_garbage` finds what is left.
+def collect_garbage(store: Store, *, keep: int, unused_for: timedelta = UNUSED_FOR) -> Garbage:
+    """Find and remove garbage while no other job works on the store; arguments as for `find_garbage`.
 
     Raises:
-        StoreBusyError: another job works on the store.
+        StoreBusyError: another job works on it.
     """
     with store_lease(store, "gc"):
-        _remove(store, garbage)
+        found = find_garbage(store, keep=keep, unused_for=unused_for)
+        remove_garbage(store, found)
+    return found
 
 
-def _remove(store: Store, garbage: Garbage) -> None:
-    for number in sorted({*garbage.rounds, *garbage.abandoned, *_half_removed(store)}, reverse=True):
+def remove_garbage(store: Store, garbage: Garbage) -> None:
+    """Remove it. Run again after a stop, `find_garbage` finds what is left."""
+    for number in sorted({*garbage.rounds, *garbage.abandoned}, reverse=True):
         _remove_round(store, number)  # later rounds first: they may be cut from the tables of earlier ones
     for version in garbage.versions:
         storage.remove(store.path(schema.dataset_path(version)))
@@ -127,8 +131,14 @@ def _remove(store: Store, garbage: Garbage) -> None:
 # ---- rounds ----------------------------------------------------------------------------------------------------------
 
 
-def _kept(rounds: Sequence[Round], keep: int, uses: Iterable[Use], now: datetime) -> dict[int, str]:
-    """Why rounds stay, by number; of the newest only what others need of them."""
+def _kept(
+    rounds: Sequence[Round], keep: int, uses: Iterable[Use], cuts: Mapping[int, int], now: datetime
+) -> dict[int, str]:
+    """Why rounds stay, by number; of the newest only what others need of them.
+
+    Args:
+        cuts: rounds that are being cut, and whose score tables they are cut from.
+    """
     there = {published.number: published for published in rounds}
     kept: dict[int, str] = {}
     for use in sorted(uses, key=lambda use: use.time):
@@ -138,6 +148,8 @@ def _kept(rounds: Sequence[Round], keep: int, uses: Iterable[Use], now: datetime
         since = now - datetime.fromisoformat(newer.manifest["ended"])
         if since < LATELY:
             kept.setdefault(older.number, f"was the newest round until {_ago(since)} ago")
+    for number, scored in cuts.items():
+        kept.setdefault(scored, f"round {number}, which is not published yet, is cut from its score tables")
     newest = {published.number for published in rounds[-keep:]}
     for published in reversed(rounds):  # tables are always of an earlier round
         scored = published.manifest["scores_of"]
@@ -146,55 +158,70 @@ def _kept(rounds: Sequence[Round], keep: int, uses: Iterable[Use], now: datetime
     return kept
 
 
-def _abandoned(store: Store, rounds: Sequence[Round], kept: dict[int, str], stale: _Stale) -> list[int]:
+def _begun_cuts(store: Store, rounds: Sequence[Round], stale: _Stale) -> dict[int, int]:
+    """Rounds that were claimed and not published for selections of another round's score tables, and which round's."""
+    published = {one.number for one in rounds}
+    return {
+        number: claim["scores_of"]
+        for number, claim in store.claims().items()
+        if number not in published and isinstance(claim.get("scores_of"), int) and not stale.is_round(number)
+    }
+
+
+def _abandoned(store: Store, rounds: Sequence[Round], kept: Mapping[int, str], stale: _Stale) -> list[int]:
     """Rounds without a manifest that nobody works on; a crashed job's tables stay as long as it may be run again."""
-    published, retired = {one.number for one in rounds}, store.retired()
-    begun = [number for number in store.round_numbers() if number not in published and number not in kept]
-    return [number for number in begun if number in retired or stale.is_folder(schema.round_path(number))]
+    retired = store.retired()
+    begun = {*store.round_numbers(), *_claimed(store)} - {one.number for one in rounds} - set(kept)
+    return sorted(number for number in begun if number in retired or stale.is_round(number))
 
 
-def _half_removed(store: Store) -> set[int]:
-    """Rounds that a stopped removal has left."""
-    return store.retired() & {*store.round_numbers(), *(_claim_numbers(store))}
-
-
-def _claim_numbers(store: Store) -> list[int]:
-    names = storage.list_names(store.path(schema.CLAIMS_FOLDER))
-    return [
-        int(name[:-5].split("-")[0]) for name in names if name.endswith(".json") and name[:-5].split("-")[0].isdigit()
-    ]
+def _claimed(store: Store) -> set[int]:
+    """The numbers of all rounds with claims, also those that a stopped removal has left."""
+    names = (name.removesuffix(".json") for name in storage.list_names(store.path(schema.CLAIMS_FOLDER)))
+    numbers = (name.removesuffix("-selection") for name in names)
+    return {int(number) for number in numbers if number.isdigit()}
 
 
 def _remove_round(store: Store, number: int) -> None:
     store.retire(number)
     storage.remove(store.path(schema.manifest_path(number)))
-    for folder in (schema.scores_folder(number), schema.round_path(number)):
-        for name in storage.list_names(store.path(folder)):
-            if f"{folder}/{name}" != schema.scores_folder(number):
-                storage.remove(store.path(f"{folder}/{name}"))
-        storage.remove_folder(store.path(folder))
-    for path in (schema.selection_claim_path(number), schema.claim_path(number)):
+    for path in (*_round_files(store, number), *_claims_of(number)):
         storage.remove(store.path(path))
+    for folder in (schema.scores_folder(number), schema.round_path(number)):
+        storage.remove_folder(store.path(folder))
+
+
+def _round_files(store: Store, number: int) -> list[str]:
+    """All files of a round, relative to the store."""
+    scores, folder = schema.scores_folder(number), schema.round_path(number)
+    files = [f"{folder}/{name}" for name in storage.list_names(store.path(folder))]
+    return [f"{scores}/{name}" for name in storage.list_names(store.path(scores))] + [
+        path for path in files if path != scores
+    ]
+
+
+def _claims_of(number: int) -> tuple[str, str]:
+    return schema.selection_claim_path(number), schema.claim_path(number)
 
 
 # ---- files -----------------------------------------------------------------------------------------------------------
 
 
 class _Stale:
-    """Tells files that were last written before a moment."""
+    """Tells what was last written before a moment; what a store cannot date was not."""
 
     def __init__(self, store: Store, before: datetime):
         self._store, self._before = store, before.timestamp()
 
     def of(self, paths: Iterable[str]) -> list[str]:
         """Those of some files, relative to the store."""
-        return [path for path in paths if storage.modified(self._store.path(path)) < self._before]
+        return [path for path in paths if 0 < storage.modified(self._store.path(path)) < self._before]
 
-    def is_folder(self, folder: str) -> bool:
-        """Whether a folder (of files, and of folders of files) has nothing else in it."""
-        names = [f"{folder}/{name}" for name in storage.list_names(self._store.path(folder))]
-        inside = [f"{name}/{file}" for name in names for file in storage.list_names(self._store.path(name))]
-        return len(self.of([*names, *inside])) == len(names) + len(inside)
+    def is_round(self, number: int) -> bool:
+        """Whether that holds for all that there is of a round: its files and claims, or its empty folder."""
+        claims = [path for path in _claims_of(number) if storage.exists(self._store.path(path))]
+        there = [*_round_files(self._store, number), *claims] or [schema.round_path(number)]
+        return len(self.of(there)) == len(there)
 
 
 def _spare_versions(versions: dict[int, Dataset], staying: Sequence[Round], uses: Iterable[Use]) -> list[int]:
@@ -212,18 +239,15 @@ def _index_files(versions: dict[int, Dataset], spare: Sequence[int]) -> list[str
 
 
 def _unused_weights(store: Store, staying: Sequence[Round]) -> list[str]:
-    """Weights that rounds were scored with and that were saved for that alone."""
-    needed = {(published.manifest["checkpoint"] or {}).get("path") for published in staying}
-    paths = [f"{schema.WEIGHTS_FOLDER}/{name}" for name in storage.list_names(store.path(schema.WEIGHTS_FOLDER))]
-    return [path for path in paths if store.path(path) not in needed]
+    """Weights that rounds were scored with and that were saved for that alone. Their names tell their content."""
+    checkpoints = [published.manifest["checkpoint"] for published in staying]
+    needed = {checkpoint["path"].rsplit("/", 1)[-1] for checkpoint in checkpoints if checkpoint is not None}
+    names = storage.list_names(store.path(schema.WEIGHTS_FOLDER))
+    return [f"{schema.WEIGHTS_FOLDER}/{name}" for name in names if name not in needed]
 
 
 def _ago(passed: timedelta) -> str:
-    days, seconds = passed.days, passed.seconds
-    return (
-        f"{days} days"
-        if days > 1
-        else f"{24 * days + seconds // 3600} h"
-        if passed > LATELY
-        else f"{seconds // 60} min"
-    )
+    minutes = int(passed.total_seconds()) // 60
+    if minutes < 120:
+        return f"{minutes} min"
+    return f"{minutes // 60} h" if minutes < 48 * 60 else f"{minutes // (24 * 60)} days"

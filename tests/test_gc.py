@@ -187,6 +187,43 @@ def test_a_round_that_was_the_newest_until_lately_stays(store: Store) -> None:
 # ---- what is left of jobs --------------------------------------------------------------------------------------------
 
 
+def test_a_round_that_was_cut_and_never_published_is_abandoned_too(store: Store) -> None:
+    number = store.claim_round({"some": "job"})
+    for path in (schema.selection_path(number), schema.excluded_path(number), schema.scores_path(number, 0)):
+        storage.write_bytes(store.path(path), b"x")
+    assert collect(store, 99).abandoned == (number,)
+    assert not os.path.exists(store.path(schema.round_path(number)))
+
+
+def test_claims_without_files_go_as_well(store: Store) -> None:
+    number = store.claim_round({"some": "job"})
+    assert collect(store, 99, days=13).abandoned == ()
+    assert collect(store, 99, days=15).abandoned == (number,)
+    assert not storage.exists(store.path(schema.claim_path(number)))
+
+
+def test_score_tables_that_are_being_cut_stay(store: Store) -> None:
+    intent = {"dataset": store.dataset().digest, "scores_of": 1, "strategy": "entropy", "fraction": 0.25}
+    number = store.claim_round(intent)
+    kept = {one.number: one.why for one in collect(store, 1, days=13).kept}
+    assert kept[1] == f"round {number}, which is not published yet, is cut from its score tables"
+    assert select_round(store, fraction="0.25", strategy="entropy", scores_of=1).round.number == number
+    assert 1 in numbers(store)
+
+
+def test_what_a_store_cannot_date_stays(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    storage.write_bytes(store.path("index/part-000000-0123456789ab.parquet"), b"x")
+    monkeypatch.setattr(storage, "modified", lambda url: 0.0)
+    assert find_garbage(store, keep=99, now=later(days=99)).files == ()
+
+
+def test_weights_are_known_by_name_wherever_the_store_lies(digit_store: Store, client: Client, tmp_path: Path) -> None:
+    run_round(digit_store, SPEC, weights=toy_models.linear(), fraction="0.5", client=client)
+    moved = Store(shutil.move(digit_store.url, tmp_path / "moved"))
+    assert collect(moved, 1).files == ()
+    assert len(storage.list_names(moved.path(schema.WEIGHTS_FOLDER))) == 1
+
+
 def test_an_unpublished_round_stays_until_it_is_abandoned(store: Store, made: Path) -> None:
     identity = {"some": "job"}
     number = store.claim_round(identity)

@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from dynams_stream.store import Store
-from pipeline.gc_job import UNUSED_FOR, Garbage, find_garbage, remove_garbage
+from pipeline.gc_job import UNUSED_FOR, Garbage, collect_garbage, find_garbage
 from tools.command import ConfigOption, DebugOption, DryRunOption, JsonOption, StoreOption, run, show
 
 app = typer.Typer(add_completion=False)
@@ -34,10 +34,8 @@ def gc(
 
     Example: dynams gc --store runs/a --keep 5 --dry-run
     """
-    target = Store(store)
-    found = find_garbage(target, keep=keep, unused_for=timedelta(days=unused_days))
-    if not dry_run:
-        remove_garbage(target, found)
+    look = find_garbage if dry_run else collect_garbage
+    found = look(Store(store), keep=keep, unused_for=timedelta(days=unused_days))
     show({"removed": not dry_run, **asdict(found)}, in_words(found, store, dry_run), json)
 
 
