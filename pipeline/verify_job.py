@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import json
 import threading
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
 from itertools import chain
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -58,7 +59,8 @@ class Verification:
     Attributes:
         files: how many files were checked.
         problems: what is wrong, in the order of the store's layout.
-        orphans: files that nothing names, relative to the store; harmless, `dynams gc` removes them.
+        orphans: files that nothing names, relative to the store; harmless, `dynams gc` removes them. None are told
+            while a manifest or dataset table cannot be read.
         unfinished: rounds that were begun and not published.
     """
 
@@ -85,13 +87,15 @@ def verify_store(
     if not store.dataset_versions():
         store.dataset()  # raises, and says how to make one
     problems: list[Problem] = []
-    datasets, rounds = _datasets(store, problems), _rounds(store, problems)
+    datasets = _datasets(store, problems)
+    rounds = _rounds(store, problems)
+    whole = not problems  # else files that a damaged manifest names would pass for orphans
     checks = chain(
         _index_checks(store, datasets),
         _round_checks(rounds, datasets),
         _shard_checks(store, datasets) if shards else (),
     )
-    total = _how_many(datasets, rounds, shards)
+    total = _how_many(store, datasets, rounds, shards)
     parallel = ordered_thread_map(workers or available_cores())
     for done, found in enumerate(parallel(_run, checks), 1):
         problems += found
@@ -101,7 +105,7 @@ def verify_store(
     return Verification(
         files=len(datasets) + len(rounds) + total,
         problems=tuple(problems),
-        orphans=tuple(orphans(store, list(datasets.values()), rounds)),
+        orphans=tuple(orphans(store, datasets.values(), rounds)) if whole else (),
         unfinished=tuple(number for number in store.round_numbers() if number not in published),
     )
 
@@ -113,11 +117,11 @@ def _run(check: Check) -> list[Problem]:
     return check()
 
 
-def _how_many(datasets: dict[int, Dataset], rounds: Sequence[Round], shards: bool) -> int:
+def _how_many(store: Store, datasets: dict[int, Dataset], rounds: Sequence[Round], shards: bool) -> int:
     """How many checks there will be; they are made one by one, since those of a round hold its selection."""
     indexes = {part.index_file for dataset in datasets.values() for part in dataset.parts}
-    of_rounds = sum(1 + (_dataset_of(one, datasets) is not None) * len(one.manifest["score_parts"]) for one in rounds)
-    return len(indexes) + of_rounds + (len(datasets[max(datasets)].urls) if shards and datasets else 0)
+    of_rounds = sum(1 for _ in _round_checks(rounds, datasets))
+    return len(indexes) + of_rounds + (sum(1 for _ in _shard_checks(store, datasets)) if shards else 0)
 
 
 # ---- manifests -------------------------------------------------------------------------------------------------------
@@ -129,7 +133,7 @@ def _datasets(store: Store, problems: list[Problem]) -> dict[int, Dataset]:
     for version in store.dataset_versions():
         try:
             found[version] = store.dataset(version)
-        except (DynamsError, OSError) as error:
+        except Exception as error:  # noqa: BLE001 (of damaged bytes a reader may make anything)
             advice = "restore it from a copy, or index the shards again with dynams index"
             problems.append(Problem(schema.dataset_path(version), _reason(error), advice))
     return found
@@ -141,16 +145,40 @@ def _rounds(store: Store, problems: list[Problem]) -> list[Round]:
     for number in store.round_numbers():
         try:
             if store.is_published(number):
-                found.append(store.round(number))
+                published = store.round(number)
+                _require_manifest(published.manifest)
+                found.append(published)
         except StoreError as error:
             advice = "restore it from a copy, or remove the round's folder"
             problems.append(Problem(schema.manifest_path(number), _reason(error), advice))
     return found
 
 
+def _require_manifest(manifest: Mapping[str, Any]) -> None:
+    """Make sure that what the checks go by is there.
+
+    Raises:
+        StoreError: names what is not.
+    """
+    kinds: dict[str, type | tuple[type, ...]] = {
+        "dataset": dict, "selection": dict, "counts": dict, "score_parts": list, "strategy": str,
+        "scores_of": (int, type(None)), "checkpoint": (dict, type(None)), "threshold": (int, float, str, type(None)),
+    }  # fmt: skip
+    wrong = [name for name, kind in kinds.items() if name not in manifest or not isinstance(manifest[name], kind)]
+    needed = {"dataset": ("version", "digest"), "selection": ("sha256",), "counts": ("all", "selected")}
+    wrong += [
+        f"{name}.{key}"
+        for name, keys in needed.items()
+        for key in keys
+        if name not in wrong and key not in manifest[name]
+    ]
+    if wrong:
+        raise StoreError(f"it lacks what a manifest has: {', '.join(wrong)}")
+
+
 # ---- the member index ------------------------------------------------------------------------------------------------
 
-_INDEX_AGAIN = "run dynams index again: it makes what is missing or damaged anew"
+_INDEX_AGAIN = "remove it if it is there and run dynams index again: what is missing is made anew"
 
 
 def _index_checks(store: Store, datasets: dict[int, Dataset]) -> Iterator[Check]:
@@ -186,7 +214,9 @@ def _read_checked(url: str) -> pa.Table:
 
 def _shard_checks(store: Store, datasets: dict[int, Dataset]) -> Iterator[Check]:
     """The newest version's shards: those of earlier ones may be gone for good."""
-    newest = datasets[max(datasets)]
+    newest = datasets.get(store.dataset_versions()[-1])
+    if newest is None:
+        return
     for url, recorded in zip(newest.urls, newest.fingerprints, strict=True):
         yield partial(_check_shard, store, url, recorded)
 
@@ -218,6 +248,9 @@ def _round_checks(rounds: Sequence[Round], datasets: dict[int, Dataset]) -> Iter
         if dataset is None:
             yield partial(_wrong_dataset, published)
             continue
+        if published.manifest["score_parts"] not in ([], [part.number for part in dataset.parts]):
+            yield partial(_wrong_parts, published)
+            continue
         check = _RoundCheck(published, dataset)
         yield check.selection_file
         for part in published.manifest["score_parts"]:
@@ -229,6 +262,11 @@ def _wrong_dataset(published: Round) -> list[Problem]:
     what = f"made from dataset version {recorded['version']}, digest {recorded['digest'][:12]}, which is not there"
     advice = "restore that dataset table, or remove the round's folder"
     return [Problem(schema.manifest_path(published.number), what, advice)]
+
+
+def _wrong_parts(published: Round) -> list[Problem]:
+    what = "the score parts that it names are not those of its dataset"
+    return [Problem(schema.manifest_path(published.number), what, "restore it from a copy")]
 
 
 class _RoundCheck:
@@ -249,7 +287,7 @@ class _RoundCheck:
             if storage.file_digest(self.round.store.path(path)) != self.manifest["selection"]["sha256"]:
                 return [Problem(path, "not the file that was published: its SHA-256 differs", _SELECT_AGAIN)]
             return [Problem(path, what, _SELECT_AGAIN) for what in self._wrong_with_rows()]
-        except (DynamsError, OSError) as error:
+        except Exception as error:  # noqa: BLE001 (of damaged bytes a reader may make anything)
             return [Problem(path, _reason(error), _SELECT_AGAIN)]
 
     def _wrong_with_rows(self) -> Iterator[str]:
