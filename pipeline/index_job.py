@@ -21,7 +21,14 @@ import pyarrow.parquet as pq
 
 from dynams_stream import schema, storage
 from dynams_stream.dataset import Dataset
-from dynams_stream.errors import BadShardsError, MissingExtraError, StoreError, UsageError
+from dynams_stream.errors import (
+    BadShardsError,
+    MissingExtraError,
+    ShardError,
+    ShardMissingError,
+    StoreError,
+    UsageError,
+)
 from dynams_stream.index import (
     IndexedShard,
     ShardIndex,
@@ -155,10 +162,21 @@ def _fingerprint(url: str) -> str | None:
 def _without_removed(shards: list[str], prints: Mapping[str, str], previous: Dataset) -> list[str]:
     """The shards that are there, and those that were never: it is for indexing to explain what is wrong with them."""
     known = set(previous.urls)
-    stay = [url for url in shards if url in prints or url not in known or storage.exists(url)]
+    stay = [url for url in shards if url in prints or url not in known or not _is_gone(url)]
     if not stay:
         raise UsageError(f"none of {len(shards)} shards is there any more ({shards[0]}, …); is their disk mounted?")
     return stay
+
+
+def _is_gone(url: str) -> bool:
+    """Whether there is no such file or object; one that cannot be opened is there."""
+    try:
+        storage.open_reader(url).close()
+    except ShardMissingError:
+        return True
+    except ShardError:
+        pass
+    return False
 
 
 def _changes(before: Dataset | None, now: Dataset) -> dict[str, int]:

@@ -147,6 +147,23 @@ def test_without_names_it_asks_for_them(folder: Path, tmp_path: Path) -> None:
         assert message in str(done.exception)
 
 
+def test_a_shard_that_may_not_be_read_is_not_a_removed_one(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    place = tmp_path / "store"
+    index(place, folder / "*.tar")
+    opened = os.open
+
+    def refused(path: str, *arguments: Any) -> int:
+        if str(path).endswith("train-000002.tar"):
+            raise PermissionError(13, "Permission denied", path)
+        return opened(path, *arguments)
+
+    monkeypatch.setattr(os, "open", refused)
+    with pytest.raises(BadShardsError, match=r"train-000002\.tar"):
+        build_index(Store(place), [str(path) for path in sorted(folder.iterdir())], drop_removed=True)
+
+
 def test_an_unreadable_shard_is_not_a_removed_one(folder: Path, tmp_path: Path) -> None:
     place = tmp_path / "store"
     index(place, folder / "*.tar")
