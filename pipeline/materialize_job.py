@@ -15,9 +15,8 @@ from functools import partial
 from typing import Any
 
 from dynams_stream import storage
-from dynams_stream.errors import StoreError, UsageError
+from dynams_stream.errors import UsageError
 from dynams_stream.ordered_map import ordered_thread_map
-from dynams_stream.remote_options import RemoteOptions
 from dynams_stream.samples import SelectedSamples
 from dynams_stream.store import Round, Store
 from dynams_stream.version import library_version
@@ -26,6 +25,8 @@ from pipeline.tar_files import write_tar
 
 FORMAT = 1
 PLAN, MANIFEST = "plan.json", "manifest.json"
+WEIGHT = "weight"
+"""The member that a sample's weight becomes."""
 SAMPLES_AT_ONCE = 64
 """Samples that are read together and held in memory, by each worker."""
 
@@ -108,7 +109,7 @@ def materialize(
         return Materialized(place, published.number, known, 0)
     runs = list(_runs(plan))
     there = {name for name in storage.list_names(place) if name.endswith(".tar")}
-    samples = SelectedSamples(store, round=published.number, remote=RemoteOptions())
+    samples = SelectedSamples(store, round=published.number)
     write = partial(_write_run, samples, place, plan, there)
     shards, done = [], 0
     for made in ordered_thread_map(workers or available_cores())(write, runs):
@@ -193,22 +194,31 @@ def _write_run(
         reader = storage.open_reader(url)
         reader.close()
         return MadeShard(name, stop - first, reader.size, storage.file_digest(url))
-    try:
-        size, digest = write_tar(url, _members(samples, first, stop, plan["unique_keys"]))
-    except UsageError as error:
-        if plan["unique_keys"]:
-            raise StoreError(f"{name}: {error}") from error
-        raise UsageError(f"{name}: {error}; ask for unique keys (--unique-keys)") from error
+    size, digest = write_tar(url, _members(samples, first, stop, plan["unique_keys"]))
     return MadeShard(name, stop - first, size, digest)
 
 
 def _members(samples: SelectedSamples, first: int, stop: int, unique_keys: bool) -> Iterator[dict[str, Any]]:
-    """Key and members of some samples, a few of them in memory."""
+    """Key and members of some samples, a few of them in memory.
+
+    Raises:
+        UsageError: two in a row have the same key, or one has a member where its weight would go.
+    """
+    previous = None
     for start in range(first, stop, SAMPLES_AT_ONCE):
         for place, sample in enumerate(samples.__getitems__(range(start, min(stop, start + SAMPLES_AT_ONCE))), start):
-            weight = sample.get("__weight__")
+            key, weight = sample["__key__"], sample.get("__weight__")
+            where = f"{sample['__url__']}, row {sample['__row__']}, key {key!r}"
             if weight is not None:
-                sample["weight"] = repr(float(weight)).encode()
+                if WEIGHT in sample:
+                    raise UsageError(f"{where}: it has a member {WEIGHT!r} of its own, where its weight would go")
+                sample[WEIGHT] = repr(float(weight)).encode()
             if unique_keys:
-                sample["__key__"] = f"{place:012d}/{sample['__key__']}"
+                sample["__key__"] = f"{place:012d}/{key}"
+            elif key == previous:
+                raise UsageError(
+                    f"{where}: the sample before it has the same key, they would be read back as one; ask for unique "
+                    f"keys (--unique-keys)"
+                )
+            previous = key
             yield sample

@@ -29,7 +29,7 @@ def write_tar(url: str, samples: Iterable[Mapping[str, Any]]) -> tuple[int, str]
         with webdataset.TarWriter(
             hashing, user="dynams", group="dynams", mtime=0, encoder=False, format="GNU_FORMAT"
         ) as writer:
-            for sample in as_read_back(samples):
+            for sample in _as_read_back(samples):
                 writer.write(sample)
     return hashing.size, hashing.digest.hexdigest()
 
@@ -47,7 +47,7 @@ class _Hashing:
         return self._file.write(data)
 
 
-def as_read_back(samples: Iterable[Mapping[str, Any]]) -> Iterator[Mapping[str, Any]]:
+def _as_read_back(samples: Iterable[Mapping[str, Any]]) -> Iterator[Mapping[str, Any]]:
     """The samples, each one checked: webdataset must find the same key and extensions in the tar.
 
     Raises:

@@ -124,7 +124,7 @@ def test_equal_keys_in_a_row_ask_for_unique_ones(tmp_path: Path) -> None:
     store = Store(tmp_path / "store")
     build_index(store, urls)
     publish_rows(store, [np.array([0]), np.array([0, 1])], strategy="mine")
-    with pytest.raises(UsageError, match=r"two samples in a row have the key 'a'.*--unique-keys"):
+    with pytest.raises(UsageError, match=r"train-1\.tar, row 0, key 'a': .*same key.*--unique-keys"):
         materialize(store, str(tmp_path / "out"), samples_per_shard=9)
     made = materialize(store, str(tmp_path / "unique"), samples_per_shard=9, unique_keys=True)
     found = samples_of(urls_of(made))
@@ -138,6 +138,19 @@ def test_weights_become_members(digit_store: Store, tmp_path: Path) -> None:
     publish_rows(digit_store, rows, weights, strategy="weighted")
     made = materialize(digit_store, str(tmp_path / "out"))
     assert [float(sample["weight"]) for sample in samples_of(urls_of(made))] == np.concatenate(weights).tolist()
+
+
+def test_a_weight_takes_no_members_place(tmp_path: Path) -> None:
+    path = tmp_path / "train.tar"
+    path.write_bytes(tar_bytes([Entry("a.txt", b"x"), Entry("a.weight", b"80 kg")]))
+    store = Store(tmp_path / "store")
+    build_index(store, [str(path)])
+    publish_rows(store, [np.array([0])], [np.array([0.5])], strategy="weighted")
+    with pytest.raises(UsageError, match="has a member 'weight' of its own"):
+        materialize(store, str(tmp_path / "out"))
+    publish_rows(store, [np.array([0])], strategy="mine")
+    made = materialize(store, str(tmp_path / "plain"))
+    assert samples_of(urls_of(made)) == [{"__key__": "a", "txt": b"x", "weight": b"80 kg"}]
 
 
 def test_a_missing_shard_is_named_and_leaves_no_manifest(store: Store, digit_shards: list[str], tmp_path: Path) -> None:
