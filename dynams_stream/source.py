@@ -161,7 +161,7 @@ class Source(PipelineStage):  # type: ignore[misc]
         """Let `dynams gc` know that the round of `place` is needed; rank 0 does so for all."""
         worker = get_worker_info()
         if self.split()[0] == 0 and (worker is None or worker.id == 0):
-            self._uses.mark(place.round, self.content(place).version)
+            self._uses.mark(place.round, place.version)
 
     # ---- iterations --------------------------------------------------------------------------------------------------
 

@@ -308,11 +308,12 @@ def _without_version(text: str) -> list[str]:
 
 
 @contextmanager
-def atomic_writer(url: str) -> Iterator[BinaryIO]:
+def atomic_writer(url: str, *, durable: bool = True) -> Iterator[BinaryIO]:
     """A binary file that appears under `url` whole, when the block ends without an error, or not at all.
 
     Local: written beside its place, fsynced, renamed. Object store: written to a temporary file of this machine, then
-    one PUT (or one multipart upload completed last). Several may be open at a time, in any number of threads.
+    one PUT (or one multipart upload completed last). Several may be open at a time, in any number of threads. A local
+    file that is not `durable` is not waited for: after a power cut it may be empty.
     """
     if not is_local(url):
         # not fsspec's transactions: all threads share one, which commits whatever any of them has open
@@ -326,7 +327,8 @@ def atomic_writer(url: str) -> Iterator[BinaryIO]:
         with open(temporary, "xb") as file:
             yield file
             file.flush()
-            os.fsync(file.fileno())
+            if durable:
+                os.fsync(file.fileno())
         try:
             os.replace(temporary, url)
         except FileNotFoundError as error:
@@ -337,24 +339,14 @@ def atomic_writer(url: str) -> Iterator[BinaryIO]:
         with suppress(FileNotFoundError):
             os.remove(temporary)
         raise
-    _sync_folder(url)
+    if durable:
+        _sync_folder(url)
 
 
-def write_bytes(url: str, data: bytes) -> None:
-    """Write or replace a whole file or object atomically."""
-    with atomic_writer(url) as file:
+def write_bytes(url: str, data: bytes, *, durable: bool = True) -> None:
+    """Write or replace a whole file or object atomically; `durable` as for `atomic_writer`."""
+    with atomic_writer(url, durable=durable) as file:
         file.write(data)
-
-
-def write_unsynced(url: str, data: bytes) -> None:
-    """As `write_bytes`, but a local file is not waited for: after a power cut it may be empty."""
-    if not is_local(url):
-        write_bytes(url, data)
-        return
-    temporary = _temporary_name(url)
-    with open(temporary, "xb") as file:
-        file.write(data)
-    os.replace(temporary, url)
 
 
 def create(url: str, data: bytes) -> None:

@@ -32,14 +32,12 @@ class Use:
     Attributes:
         round: the round's number; 0 for everything.
         version: the dataset version.
-        path: of the mark, relative to the store.
         who: host and process that left it.
         time: when, in UTC.
     """
 
     round: int
     version: int
-    path: str
     who: str
     time: datetime
 
@@ -67,7 +65,7 @@ class UseMarker:
         url = self._store.path(schema.use_path(round, version, self._loader))
         about = {"who": f"{socket.gethostname()}:{os.getpid()}", "time": datetime.now(UTC).isoformat()}
         try:
-            storage.write_unsynced(url, json.dumps(about).encode())
+            storage.write_bytes(url, json.dumps(about).encode(), durable=False)
         except Exception as error:  # noqa: BLE001 (whatever a store's client raises, training goes on)
             logger.debug("%s: no mark could be left (%r)", url, error)
 
@@ -79,10 +77,10 @@ def read_uses(store: Store) -> Iterator[Use]:
         version = rest.partition("-")[0]
         if not (name.endswith(".json") and number.isdigit() and version.isdigit()):
             continue
-        path, who, when = f"{schema.USES_FOLDER}/{name}", "unknown", datetime.now(UTC)
+        who, when = "unknown", datetime.now(UTC)
         try:
-            about = json.loads(storage.read_bytes(store.path(path)))
+            about = json.loads(storage.read_bytes(store.path(f"{schema.USES_FOLDER}/{name}")))
             who, when = str(about["who"]), datetime.fromisoformat(about["time"])
         except (ValueError, KeyError, OSError, TypeError):
             pass
-        yield Use(int(number), int(version), path, who, when)
+        yield Use(int(number), int(version), who, when)
