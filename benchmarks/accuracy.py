@@ -276,15 +276,16 @@ def main() -> None:
 
 def report(group: str, settings: Sequence[Setting], seeds: int, folder: Path, against: str) -> None:
     """Print the table of what has run, and draw its plot."""
-    from accuracy_table import plot_budgets, plot_frontier, row_of, table
+    from accuracy_table import plot_budgets, plot_frontier, row_of, selections, table
 
     done = finished(folder)
-    rows = []
+    rows, named = [], {}
     for setting in settings:
         lines = [done[key] for seed in range(seeds) if (key := (digest(setting, folder), seed)) in done]
         if lines:
             rows.append(row_of(setting.condition, setting.name, setting.config(folder), lines))
-    print(table(rows, against))
+            named[setting.condition, setting.name] = lines
+    print(f"{table(rows, against)}\n\n{selections(named)}")
     plots = {"frontier": plot_frontier, "budgets": plot_budgets}
     if group in plots and rows:
         path = folder / f"{group}.png"

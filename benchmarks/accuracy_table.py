@@ -117,6 +117,28 @@ def table(rows: Sequence[Row], against: str = FULL) -> str:
     return "\n".join(lines)
 
 
+def selections(named: Mapping[tuple[str, str], Sequence[dict[str, Any]]]) -> str:
+    """Markdown: of the settings with a proxy, over their seeds, the least and the most of what their rounds say.
+
+    Args:
+        named: the lines of each (condition, name).
+    """
+    lines = ["| data | method | overlap, first round | overlap, last round | labels contradicted, first round |"]
+    lines.append("|---|---|---|---|---|")
+    for (condition, name), runs in named.items():
+        overlaps = [[one["overlap"] for one in run["faithfulness"]] for run in runs if run["faithfulness"]]
+        contradicted = [run["label_disagreement"][0] for run in runs if run.get("label_disagreement")]
+        if overlaps:
+            first, last = ([each[place] for each in overlaps] for place in (0, -1))
+            lines.append(f"| {condition} | {name} | {_span(first)} | {_span(last)} | {_span(contradicted)} |")
+    return "\n".join(lines)
+
+
+def _span(values: Sequence[float | None]) -> str:
+    known = [value for value in values if value is not None]
+    return f"{min(known):.2f} to {max(known):.2f} ({len(known)} runs)" if known else "–"
+
+
 def plot_frontier(rows: Sequence[Row], path: Path) -> None:
     """Accuracy against processor seconds and FLOPs: full data for fewer epochs as a line, DynaMS as numbered points."""
     from matplotlib.figure import Figure
