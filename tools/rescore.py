@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from functools import partial
 from typing import Annotated
 
 import typer
@@ -107,7 +106,7 @@ def rescore_command(
 ) -> None:
     """Make a round from a new checkpoint: score, select, publish. Running loaders take it up at their next set_epoch.
 
-    A checkpoint that has its round already is left alone: nothing to do exits 0 at once.
+    A checkpoint that has its round already is left alone: nothing to do exits 0 at once (3 while another job works).
 
     Example: dynams rescore --store runs/a --config run.toml --watch ckpt/
     """
@@ -131,17 +130,23 @@ def rescore_command(
         path = checkpoint if checkpoint is not None else newest_checkpoint(str(watched))
         _report(_rescore(store, spec, path, fraction, strategy, compare_with, job), json)
         return
-    say(f"watching {watched} every {every:g} s; Ctrl-C stops")
-    for path in watch(str(watched), every=every):
-        work = partial(_rescore, store, spec, path, fraction, strategy, compare_with, job)
-        _patiently(lambda work=work: _report(work(), json), path, every)
+    _watch(
+        watched, every, lambda path: _report(_rescore(store, spec, path, fraction, strategy, compare_with, job), json)
+    )
 
 
-def _patiently(work: Callable[[], None], path: str, every: float) -> None:
+def _watch(folder: str, every: float, work: Callable[[str], None]) -> None:
+    """Work on each checkpoint that appears, until stopped."""
+    say(f"watching {folder} every {every:g} s; Ctrl-C stops")
+    for path in watch(folder, every=every):
+        _patiently(work, path, every)
+
+
+def _patiently(work: Callable[[str], None], path: str, every: float) -> None:
     """A passing fault must not cost a checkpoint its round, nor end the watch: try again, then go on with the next."""
     for attempt in range(1, ATTEMPTS + 1):
         try:
-            work()
+            work(path)
         except UsageError:
             raise
         except (DynamsError, OSError) as error:
