@@ -123,6 +123,10 @@ CALLS_FOLDER = "control/calls"
 USES_FOLDER = "control/uses"
 LEASE_FOLDER = "control/lease"
 RETIRED_FOLDER = "control/retired"
+LAST_RUN_FILE = "control/rescore/last_run.json"
+"""How the last run of `dynams rescore` ended."""
+TRIGGER_FILE = "control/rescore/trigger.json"
+"""What starts runs of `dynams rescore`, and when it was last seen."""
 
 
 def number_name(number: int) -> str:

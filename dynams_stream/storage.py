@@ -20,12 +20,15 @@ import tempfile
 import time
 import uuid
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
-from typing import BinaryIO, Protocol, cast
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Any, BinaryIO, Protocol, cast
 
 import fsspec
 import pyarrow as pa
+from fsspec.utils import tokenize
 
 from dynams_stream.errors import (
     MissingExtraError,
@@ -448,6 +451,53 @@ def list_names(folder: str) -> list[str]:
     with suppress(FileNotFoundError):
         return sorted({entry["name"].rstrip("/").rsplit("/", 1)[-1] for entry in system.ls(folder, detail=True)})
     return []
+
+
+@dataclass(frozen=True)
+class Listed:
+    """A file or object as a listing shows it.
+
+    Attributes:
+        name: without its folder.
+        modified: when it was last written, in seconds since 1970; 0 where the store does not say.
+        version: a text that changes whenever it is written.
+    """
+
+    name: str
+    modified: float
+    version: str
+
+
+def list_files(folder: str) -> list[Listed]:
+    """The files that lie directly in a folder or prefix, by one listing; empty when there is none."""
+    if is_local(folder):
+        urls = (join(folder, name) for name in list_names(folder))
+        return [
+            Listed(url.rsplit("/", 1)[-1], modified(url), text)
+            for url in urls
+            if os.path.isfile(url) and (text := version(url))  # else it went in this moment
+        ]
+    system = file_system(folder)
+    with suppress(FileNotFoundError):
+        entries = [entry for entry in system.ls(folder, detail=True) if entry["type"] == "file"]
+        return [Listed(entry["name"].rsplit("/", 1)[-1], _written(system, entry), tokenize(entry)) for entry in entries]
+    return []
+
+
+_WRITTEN_FIELDS = ("LastModified", "last_modified", "mtime", "updated")
+"""What fsspec's object stores call the time in their listings."""
+
+
+def _written(system: fsspec.AbstractFileSystem, entry: Mapping[str, Any]) -> float:
+    told = next((entry[name] for name in _WRITTEN_FIELDS if name in entry), None)
+    if isinstance(told, (int, float)):
+        return float(told)
+    if not isinstance(told, datetime):
+        try:
+            told = system.modified(entry["name"])
+        except (FileNotFoundError, NotImplementedError):
+            return 0.0
+    return float(told.timestamp())
 
 
 def exists(url: str) -> bool:

@@ -1,15 +1,14 @@
-"""When to make a round: once, or whenever a new checkpoint appears in a folder."""
+"""One run of re-scoring: a round from a checkpoint, unless it has one or the schedule asks for none."""
 
 from __future__ import annotations
 
 import logging
-import time
-from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 from dynams_stream import storage
 from dynams_stream.errors import CheckpointError, UsageError
+from dynams_stream.schedule import Schedule
 from dynams_stream.scorer import ScorerSpec
 from dynams_stream.store import Round, Store
 from dynams_stream.strategy import Strategy
@@ -17,8 +16,6 @@ from pipeline.rounds import make_round, require_round
 from pipeline.weights import SavedWeights
 
 logger = logging.getLogger(__name__)
-
-CHECKPOINT_ENDINGS = (".safetensors", ".pt", ".pth")
 
 
 @dataclass(frozen=True)
@@ -83,61 +80,42 @@ def model_beside(checkpoint: str, pattern: str) -> str | None:
     return path
 
 
-def checkpoints(folder: str) -> list[str]:
-    """The checkpoint files in a folder, oldest first.
+@dataclass(frozen=True)
+class Due:
+    """What a schedule asks for after a checkpoint: a fraction, or no round for a reason in words."""
 
-    Raises:
-        UsageError: when there is no such folder.
-    """
-    place = storage.absolute(folder)
-    if storage.is_local(place) and not storage.exists(place):
-        raise UsageError(f"--watch {folder}: no such folder; make it, or name the one the trainer writes to")
-    names = [name for name in storage.list_names(place) if name.endswith(CHECKPOINT_ENDINGS) and name[0] != "."]
-    urls = [storage.join(place, name) for name in names]
-    return sorted(urls, key=lambda url: (storage.modified(url), url))
+    fraction: float | str | None
+    reason: str = ""
 
 
-def watch(
-    folder: str, *, every: float = 5.0, sleep: Callable[[float], None] = time.sleep, forever: bool = True
-) -> Iterator[str]:
-    """Checkpoints to rescore: the newest that is there now, then each one that appears, once it is complete.
+def due_round(store: Store, schedule: Schedule, checkpoint: str, epoch: int | None) -> Due:
+    """The fraction of the round that a checkpoint has to make, where the schedule asks for one.
 
-    A file is complete when its size and time stayed the same over two looks, `every` seconds apart. Polling works the
-    same on local disks, network file systems and object stores.
+    A checkpoint that was saved after epoch e makes the round that epoch e + 1 trains on. A round is due once in each
+    interval: with the checkpoint before its first epoch, or a later one of the same interval where that was missed.
 
     Args:
-        folder: where the trainer writes.
-        every: seconds between looks.
-        sleep: waits; given by tests.
-        forever: go on after the first look that finds nothing new (else return then).
-    """
-    seen: dict[str, str] = {}
-    settled: dict[str, str] = {}
-    for url in checkpoints(folder)[:-1]:
-        settled[url] = storage.version(url)
-    while True:
-        fresh = False
-        for url in checkpoints(folder):
-            version = storage.version(url)
-            if settled.get(url) == version:
-                continue
-            if seen.get(url) == version:
-                settled[url] = version
-                yield url
-            seen[url] = version
-            fresh = True
-        if not fresh and not forever:
-            return
-        sleep(every)
-
-
-def newest_checkpoint(folder: str) -> str:
-    """The newest checkpoint in a folder.
+        store: its newest round tells whether the interval has one.
+        schedule: epoch → fraction.
+        checkpoint: for the message.
+        epoch: after which it was saved.
 
     Raises:
-        CheckpointError: when there is none.
+        CheckpointError: the epoch is not known.
     """
-    found = checkpoints(folder)
-    if not found:
-        raise CheckpointError(f"{folder}: no checkpoint yet ({', '.join(CHECKPOINT_ENDINGS)})")
-    return found[-1]
+    if epoch is None:
+        raise CheckpointError(
+            f"{checkpoint} does not say after which epoch it was saved, which a schedule needs; save it with "
+            f"network.save(path, epoch=…), or tell where its name has the number: --epoch-from 'model-{{epoch}}.'"
+        )
+    following = epoch + 1
+    if following >= schedule.epochs:
+        return Due(None, f"epoch {epoch} is the schedule's last")
+    if schedule.round(following) is None:
+        return Due(None, f"epoch {following} trains on everything")
+    first = max(start for start in range(following + 1) if schedule.starts_round(start))
+    rounds = store.rounds()
+    newest = rounds[-1].epoch if rounds else None
+    if newest is not None and first - 1 <= newest < epoch:
+        return Due(None, f"epochs {first} … have their round, {rounds[-1].number}, of epoch {newest}")
+    return Due(schedule.fraction(following))

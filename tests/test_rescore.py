@@ -1,25 +1,33 @@
-"""Re-scoring: once, and watching a folder while a trainer writes and a loader reads."""
+"""Re-scoring: what a run does, by schedule or not, and real watchers while a trainer writes and a loader reads."""
 
 from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
+import psutil
 import pytest
 import torch
 from distributed import Client
+from typer.testing import CliRunner
 
 import toy_models
-from dynams_stream import ParameterSharingProxy, ScorerSpec, SelectedDataset, Store
+from dynams_stream import LinearSchedule, ParameterSharingProxy, ScorerSpec, Store
 from dynams_stream.errors import CheckpointError, UsageError
-from pipeline.rescore import checkpoints, model_beside, newest_checkpoint, rescore, watch
+from dynams_stream.selection import selected_count
+from pipeline.rescore import Due, due_round, model_beside, rescore
+from pipeline.run_records import last_run, trigger
+from tools.rescore import app
 
 SPEC = ScorerSpec(model="toy_models:linear", input="png", label="cls", transform="toy_models:gray")
+MODEL = ["--model", "toy_models:linear", "--transform", "toy_models:gray"]
 ENVIRONMENT = {**os.environ, "PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), *filter(None, sys.path)])}
 
 
@@ -69,75 +77,235 @@ def test_a_proxy_is_compared_with_the_model_beside_it(
         rescore(digit_store, SPEC, slim, fraction=0.2, model_checkpoint=model, client=client)
 
 
-def test_watch_gives_the_newest_then_each_new_file_once_it_is_complete(tmp_path: Path) -> None:
-    for number in range(3):
-        path = Path(save(tmp_path, f"{number}.pt", number))
-        os.utime(path, (1000 + number, 1000 + number))
-    looks: list[int] = []
+class Rounds:
+    """As much of a store as a schedule looks at: the epochs of its rounds."""
 
-    def act(seconds: float) -> None:
-        looks.append(len(looks))
-        if len(looks) == 3:
-            (tmp_path / "3.pt").write_bytes(b"half of a check")
-        if len(looks) == 4:
-            (tmp_path / "3.pt").write_bytes(b"half of a checkpoint, and more")
-        if len(looks) == 8:
-            save(tmp_path, "2.pt", seed=9)
-        if len(looks) == 12:
-            raise KeyboardInterrupt
+    def __init__(self, *epochs: int | None):
+        self._epochs = epochs
 
-    found: list[tuple[int, str]] = []
-
-    def follow() -> None:
-        for path in watch(str(tmp_path), every=0.1, sleep=act):
-            found.append((len(looks), Path(path).name))
-
-    with pytest.raises(KeyboardInterrupt):
-        follow()
-    assert found == [(1, "2.pt"), (5, "3.pt"), (9, "2.pt")]
+    def rounds(self) -> list[SimpleNamespace]:
+        return [SimpleNamespace(number=number, epoch=epoch) for number, epoch in enumerate(self._epochs, start=1)]
 
 
-def test_folders_without_checkpoints(tmp_path: Path) -> None:
-    assert checkpoints(str(tmp_path)) == []
-    (tmp_path / "notes.txt").write_text("not one")
-    with pytest.raises(CheckpointError, match="no checkpoint yet"):
-        newest_checkpoint(str(tmp_path))
-    with pytest.raises(UsageError, match="no such folder"):
-        checkpoints(str(tmp_path / "none"))
+SCHEDULE = LinearSchedule(epochs=12, warmup=2, anneal=2, interval=3, final=0.2)
+"""Rounds for the epochs 2-4, 5-7 and 8-9."""
+
+
+@pytest.mark.parametrize(
+    ("epoch", "rounds", "due"),
+    [
+        (0, (), "epoch 1 trains on everything"),
+        (1, (), 2),
+        (1, (80,), 2),  # of an earlier training run
+        (1, (1,), 2),  # the same checkpoint again: the round's identity decides
+        (2, (1,), "epochs 2 … have their round, 1, of epoch 1"),
+        (3, (None,), 4),
+        (3, (1, 2), "epochs 2 … have their round, 2, of epoch 2"),
+        (4, (1, 2), 5),
+        (5, (1, 2), 6),  # the checkpoint before it was missed
+        (5, (1, 4), "epochs 5 … have their round, 2, of epoch 4"),
+        (7, (4,), 8),
+        (9, (7,), "epoch 10 trains on everything"),
+        (11, (7,), "epoch 11 is the schedule's last"),
+        (40, (7,), "epoch 40 is the schedule's last"),
+    ],
+)
+def test_a_schedule_asks_for_one_round_an_interval(epoch: int, rounds: tuple[int | None, ...], due: int | str) -> None:
+    found = due_round(Rounds(*rounds), SCHEDULE, "ckpt/a.pt", epoch)  # type: ignore[arg-type]
+    expected = Due(None, due) if isinstance(due, str) else Due(SCHEDULE.fraction(due))
+    assert found == expected
+
+
+def test_a_schedule_needs_the_checkpoints_epoch() -> None:
+    with pytest.raises(CheckpointError, match=r"ckpt/a\.pt does not say after which epoch .*--epoch-from"):
+        due_round(Rounds(), SCHEDULE, "ckpt/a.pt", None)  # type: ignore[arg-type]
+
+
+def dynams(*arguments: object, code: int = 0) -> str:
+    done = subprocess.run(
+        [sys.executable, "-m", "tools.cli", *map(str, arguments)], capture_output=True, text=True, env=ENVIRONMENT,
+        timeout=200,
+    )  # fmt: skip
+    assert done.returncode == code, (arguments, done.stdout, done.stderr)
+    return done.stdout if code == 0 else done.stderr
+
+
+def test_runs_are_told_by_status(digit_store: Store, client: Client, tmp_path: Path) -> None:
+    folder = tmp_path / "ckpt"
+    folder.mkdir()
+    options = ["--store", digit_store.url, *MODEL, "--scheduler", client.scheduler.address, "--checkpoint", folder]
+    by_epoch = [*options, "--schedule", "linear", "--epochs", 4, "--final", "0.2", "--epoch-from", "{epoch}.pt"]
+    assert "no checkpoint yet" in dynams("rescore", *options, "--fraction", "0.2", code=1)
+    save(folder, "0.pt", seed=0)
+    os.utime(folder / "0.pt", (time.time() - 600, time.time() - 600))
+    state = json.loads(dynams("status", "--store", digit_store.url, "--checkpoints", folder, "--json"))
+    assert 590 < state["checkpoints"]["behind_seconds"] < 700
+    assert (state["last_run"]["ending"], state["last_run"]["failures"]) == ("failed", 1)
+    assert "no checkpoint yet" in state["last_run"]["error"]
+    reason = json.loads(dynams("rescore", *by_epoch, "--json"))
+    assert (reason["round"], reason["reason"]) == (None, "epoch 1 trains on everything")
+    save(folder, "1.pt", seed=1)
+    made = json.loads(dynams("rescore", *by_epoch, "--poll", "0.1", "--json"))
+    assert (made["round"], made["published"], made["epoch"], made["fraction"]) == (1, True, 1, 0.6)
+    again = json.loads(dynams("rescore", *by_epoch, "--poll", "0.1", "--json"))
+    assert (again["round"], again["published"]) == (1, False)
+    told = dynams("status", "--store", digit_store.url, "--checkpoints", folder)
+    assert "last run: up to date, " in told
+    assert f"checkpoints: {folder}, none waits for its round" in told
+    lines = dynams("status", "--store", digit_store.url, "--checkpoints", folder, "--prometheus").splitlines()
+    metrics = {line.split("{")[0]: float(line.split()[-1]) for line in lines if not line.startswith("#")}
+    labels = {line.split("{")[1].split("}")[0] for line in lines if not line.startswith("#")}
+    assert labels == {f'store="{digit_store.url}"'}
+    assert {name: metrics[f"dynams_{name}"] for name in ("newest_round", "behind_seconds", "last_run_failures")} == {
+        "newest_round": 1, "behind_seconds": 0, "last_run_failures": 0,
+    }  # fmt: skip
+    assert metrics["dynams_newest_round_selected_samples"] == 863
+    assert abs(metrics["dynams_newest_round_timestamp_seconds"] - time.time()) < 300
+    assert "dynams_next_run_timestamp_seconds" not in metrics
+
+
+@pytest.mark.parametrize(
+    ("flags", "complaint"),
+    [
+        (["--checkpoint", "c.pt", "--watch", "ckpt", "--fraction", "0.1"], "give one of --checkpoint"),
+        (["--fraction", "0.1"], "give one of --checkpoint"),
+        (["--checkpoint", "c.pt"], "give one of --fraction 0.3, and --schedule"),
+        (["--checkpoint", "c.pt", "--schedule", "power", "--final", "0.1"], "needs --epochs"),
+        (["--watch", "ckpt", "--every", "5m", "--fraction", "0.1"], "with --every name the folder by --checkpoint"),
+        (["--checkpoint", "ckpt", "--every", "5", "--fraction", "0.1"], "--every '5' is no duration"),
+        (["--checkpoint", "ckpt", "--every", "1h30", "--fraction", "0.1"], "--every '1h30' is no duration"),
+        (["--checkpoint", "ckpt", "--cron", "0 6 * *", "--fraction", "0.1"], "has 4 fields"),
+        (["--checkpoint", "c", "--cron", "0 6 * * *", "--every", "1h", "--fraction", "0.1"], "one of --every and"),
+        (["--watch", "ckpt", "--fraction", "0.1"], "ckpt: no such folder"),
+        (["--watch", ".", "--fraction", "0.1", "--max-runtime", "long"], "--max-runtime 'long' is no duration"),
+    ],
+)
+def test_flags_that_make_no_sense_are_refused(digit_store: Store, flags: list[str], complaint: str) -> None:
+    result = CliRunner().invoke(app, ["--store", digit_store.url, *MODEL, *flags])
+    assert isinstance(result.exception, UsageError)
+    assert re.search(complaint, str(result.exception))
+
+
+def watcher(store: Store, folder: Path, scheduler: str, *more: str) -> subprocess.Popen[str]:
+    command = [
+        sys.executable, "-m", "tools.cli", "rescore", "--store", store.url, "--watch", str(folder), "--poll", "0.2",
+        *MODEL, "--scheduler", scheduler, "--json", *more,
+    ]  # fmt: skip
+    return subprocess.Popen(command, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
 @pytest.mark.slow
-def test_a_running_loader_takes_up_what_the_watcher_publishes(digit_store: Store, tmp_path: Path) -> None:
+def test_a_watcher_goes_on_after_a_bad_checkpoint_and_stops_in_order(
+    digit_store: Store, client: Client, tmp_path: Path
+) -> None:
     folder = tmp_path / "ckpt"
     folder.mkdir()
-    command = [
-        sys.executable, "-m", "tools.cli", "rescore", "--store", digit_store.url, "--watch", str(folder),
-        "--poll", "0.2", "--fraction", "0.1", "--model", "toy_models:linear", "--transform", "toy_models:gray",
-        "--workers", "1", "--json",
-    ]  # fmt: skip
-    watcher = subprocess.Popen(command, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    assert watcher.stdout is not None
-    dataset = SelectedDataset(digit_store, batch_size=10)
-    lengths = []
+    process = watcher(digit_store, folder, client.scheduler.address, "--fraction", "0.1")
+    assert process.stdout is not None
     try:
-        for epoch in range(3):
-            dataset.set_epoch(epoch)
-            stream = iter(dataset)
-            first = next(stream)
-            save(folder, f"{epoch}.pt", seed=epoch)
-            published = json.loads(watcher.stdout.readline())
-            assert published["round"] == epoch + 1
-            # The round that appeared meanwhile changes nothing before the next set_epoch.
-            lengths.append(1 + sum(1 for _ in stream))
-            assert first["__row__"] >= 0
+        save(folder, "0.pt", seed=0)
+        assert json.loads(process.stdout.readline())["round"] == 1
         (folder / "bad.pt").write_bytes(b"not a checkpoint")
-        time.sleep(2)
-        save(folder, "3.pt", seed=3)
-        assert json.loads(watcher.stdout.readline())["checkpoint"] == str(folder / "3.pt")
+        while (ran := last_run(digit_store)) is None or not ran.failures:
+            time.sleep(0.1)
+        assert "bad.pt" in str(ran.error)
+        save(folder, "1.pt", seed=1)
+        assert json.loads(process.stdout.readline())["checkpoint"] == str(folder / "1.pt")
+        starts = trigger(digit_store)
+        assert starts is not None
+        assert (starts.checkpoints, starts.pid, starts.ended) == (str(folder), process.pid, None)
     finally:
-        watcher.send_signal(signal.SIGTERM)
-        _, complaint = watcher.communicate(timeout=60)
-    assert lengths == [1437, 144, 144]
-    assert watcher.returncode == 143
-    assert "bad.pt: no round" in complaint
-    assert [published.counts["selected"] for published in digit_store.rounds()] == [144] * 4
+        process.send_signal(signal.SIGTERM)
+        _, complaint = process.communicate(timeout=60)
+    assert process.returncode == 143
+    assert "bad.pt: no round; trying again" in complaint
+    starts = trigger(digit_store)
+    assert starts is not None
+    assert starts.ended is not None
+    ran = last_run(digit_store)
+    assert ran is not None
+    assert (ran.ending, ran.round, ran.failures) == ("published", digit_store.rounds()[-1].number, 0)
+    assert len(digit_store.rounds()) == 2
+
+
+TRAINER = """
+import json, sys, time
+import torch
+from torch import nn
+import toy_models
+from dynams_stream import LinearSchedule, SelectedDataset, Store
+from dynams_stream.checkpoint import save_weights
+
+store, folder, report = Store(sys.argv[1]), sys.argv[2], sys.argv[3]
+schedule = LinearSchedule(epochs=11, warmup=1, final=0.1)
+torch.manual_seed(0)
+model = toy_models.linear()
+optimiser = torch.optim.SGD(model.parameters(), lr=0.1)
+to_image = lambda sample: toy_models.gray(sample["png"])
+dataset = SelectedDataset(store, batch_size=50)
+for epoch in range(schedule.epochs):
+    deadline = time.monotonic() + 120
+    while len(store.rounds()) < epoch:  # a real one would go on with the round it has
+        assert time.monotonic() < deadline, f"no round for epoch {epoch}"
+        time.sleep(0.1)
+    dataset.set_epoch(epoch, round=schedule.round(epoch))
+    seen = []
+    for sample in dataset.decode("pil"):
+        seen.append([sample["__url__"], sample["__row__"]])
+        loss = nn.functional.cross_entropy(model(to_image(sample)[None]), torch.tensor([int(sample["cls"])]))
+        optimiser.zero_grad(); loss.backward(); optimiser.step()
+    with open(report, "a") as file:
+        file.write(json.dumps({"epoch": epoch, "seen": seen}) + "\\n")
+    save_weights(model, f"{folder}/{epoch}.safetensors", {"epoch": str(epoch)})
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_trainer_watcher_and_loader_for_ten_rounds_with_the_watcher_killed_twice(
+    digit_store: Store, client: Client, tmp_path: Path
+) -> None:
+    folder, report = tmp_path / "ckpt", tmp_path / "seen.jsonl"
+    folder.mkdir()
+    by_epoch = ("--schedule", "linear", "--epochs", "11", "--warmup", "1", "--final", "0.1")
+
+    def watch() -> subprocess.Popen[str]:
+        return watcher(digit_store, folder, client.scheduler.address, *by_epoch)
+
+    watching = watch()
+    trainer = subprocess.Popen(
+        [sys.executable, "-c", TRAINER, digit_store.url, str(folder), str(report)], env=ENVIRONMENT
+    )
+    try:
+        for rounds, with_its_run in ((2, True), (5, False)):
+            while len(digit_store.rounds()) < rounds or not psutil.Process(watching.pid).children():
+                assert trainer.poll() is None
+                time.sleep(0.05)
+            runs = psutil.Process(watching.pid).children()
+            watching.kill()
+            if with_its_run:
+                for process in runs:
+                    process.kill()
+            watching.wait()
+            time.sleep(0.5)
+            watching = watch()
+        assert trainer.wait(timeout=300) == 0
+    finally:
+        trainer.kill()
+        watching.terminate()
+        watching.communicate(timeout=100)
+    schedule = LinearSchedule(epochs=11, warmup=1, final=0.1)
+    lines = [json.loads(line) for line in report.read_text().splitlines()]
+    assert [line["epoch"] for line in lines] == list(range(11))
+    rounds_made = digit_store.rounds()[:10]
+    assert [made.epoch for made in rounds_made] == list(range(10))
+    urls = digit_store.dataset().urls
+    for line in lines:
+        epoch, seen = line["epoch"], {(url, row) for url, row in line["seen"]}
+        assert len(line["seen"]) == len(seen)
+        if epoch == 0:
+            assert len(seen) == 1437
+            continue
+        selection = rounds_made[epoch - 1].selection()
+        assert seen == {(url, int(row)) for shard, url in enumerate(urls) for row in selection.rows(shard)}
+        assert len(seen) == selected_count(schedule.fraction(epoch), 1437)

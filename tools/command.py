@@ -144,6 +144,17 @@ def _is_option_elsewhere(name: str) -> bool:
     return name in option_names()
 
 
+def same_command(context: typer.Context, **changes: Any) -> list[str]:
+    """The arguments that call this command again with the same values, `--config` read already, but for `changes`."""
+    arguments = []
+    for parameter in context.command.params:
+        value = {**context.params, **changes}[parameter.name]
+        if value is None or value is False or parameter.name == "config":
+            continue
+        arguments.append(parameter.opts[0] if value is True else f"{parameter.opts[0]}={value}")
+    return arguments
+
+
 StoreOption = Annotated[
     str, typer.Option("--store", help="Folder or object-store prefix that holds index and rounds, such as runs/a.")
 ]

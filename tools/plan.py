@@ -16,7 +16,7 @@ from dynams_stream.costs import StepCosts, count_flops, measure_seconds
 from dynams_stream.errors import HeadError, UnsupportedLayerError, UsageError
 from dynams_stream.power_law import fit_power_law
 from dynams_stream.samples import SelectedSamples
-from dynams_stream.schedule import SCHEDULES, Schedule, make_schedule
+from dynams_stream.schedule import Schedule, make_schedule
 from dynams_stream.scorer import Scorer, ScorerSpec, build_network
 from dynams_stream.store import Store
 from pipeline.score_job import first_extensions
@@ -34,6 +34,18 @@ from tools.plan_report import (
 )
 from tools.plot_margins import require_matplotlib
 from tools.plot_schedule import plot_schedule
+from tools.schedule_options import (
+    ANNEAL,
+    INTERVAL,
+    WARMUP,
+    AnnealOption,
+    BudgetOption,
+    FinalOption,
+    IntervalOption,
+    ScheduleOption,
+    StepsOption,
+    WarmupOption,
+)
 from tools.scoring_options import (
     DeviceOption,
     HeadOption,
@@ -67,17 +79,13 @@ def plan(
     shape: Annotated[
         str | None, typer.Option("--shape", help="Of one input, such as 3,224,224, without --store.")
     ] = None,
-    schedule: Annotated[str, typer.Option("--schedule", help=f"One of {', '.join(SCHEDULES)}.")] = "power",
-    final: Annotated[
-        float | None, typer.Option("--final", help="Fraction of the last round; or give --budget.")
-    ] = None,
-    budget: Annotated[float | None, typer.Option("--budget", help="Mean fraction over all epochs.")] = None,
-    warmup: Annotated[int, typer.Option("--warmup", min=0, help="First epochs, on everything.")] = 2,
-    anneal: Annotated[int, typer.Option("--anneal", min=0, help="Last epochs, on everything.")] = 0,
-    interval: Annotated[int, typer.Option("--interval", min=1, help="Epochs of a round.")] = 1,
-    steps: Annotated[
-        int | None, typer.Option("--steps", min=1, help="Stages of the step schedule (3 unless given).")
-    ] = None,
+    schedule: ScheduleOption = "power",
+    final: FinalOption = None,
+    budget: BudgetOption = None,
+    warmup: WarmupOption = WARMUP,
+    anneal: AnnealOption = ANNEAL,
+    interval: IntervalOption = INTERVAL,
+    steps: StepsOption = None,
     width: Annotated[float, typer.Option("--width", help="Width of the proxy; 1: the model itself scores.")] = 0.5,
     every: Annotated[int, typer.Option("--every", min=1, help="The proxy takes part in each n-th step.")] = 1,
     model_args: ModelArgsOption = "{}",

@@ -1,20 +1,34 @@
-"""`dynams rescore`: score + select when a new checkpoint appears, or once."""
+"""`dynams rescore`: score + select with the newest checkpoint: once, at each new one, every so often, or by cron."""
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable
-from typing import Annotated
+from collections.abc import Mapping
+from typing import Annotated, Any
 
 import typer
 
-from dynams_stream.errors import DynamsError, UsageError
+from dynams_stream.errors import UsageError
+from dynams_stream.schedule import Schedule, make_schedule
 from dynams_stream.scorer import ScorerSpec
 from dynams_stream.store import Store
-from pipeline.rescore import Rescored, model_beside, newest_checkpoint, rescore, watch
+from pipeline.checkpoints import epoch_of, newest_checkpoint
+from pipeline.rescore import Due, Rescored, due_round, model_beside, rescore
 from pipeline.rounds import CHECK_SAMPLES, LEAST_OVERLAP
+from pipeline.run_records import recorded_run
 from pipeline.select_job import MOST_DISAGREEMENT
-from tools.command import ConfigOption, DebugOption, JsonOption, StoreOption, WorkersOption, run, say, show
+from tools.command import ConfigOption, DebugOption, JsonOption, StoreOption, WorkersOption, run, show
+from tools.rescore_triggers import find_trigger, start_runs
+from tools.schedule_options import (
+    ANNEAL,
+    INTERVAL,
+    WARMUP,
+    AnnealOption,
+    BudgetOption,
+    FinalOption,
+    IntervalOption,
+    StepsOption,
+    WarmupOption,
+)
 from tools.scoring_options import (
     BatchSizeOption,
     CompileOption,
@@ -37,7 +51,6 @@ from tools.scoring_options import (
 from tools.select_subset import (
     ClassBalanceOption,
     ExcludeNoisyOption,
-    FractionOption,
     MinPerClassOption,
     MostDisagreementOption,
     StrategyOption,
@@ -46,21 +59,49 @@ from tools.select_subset import (
 
 app = typer.Typer(add_completion=False)
 
-ATTEMPTS = 3
-"""How often a watched checkpoint is tried before the next one is waited for."""
-
 
 @app.command(name="rescore")
 def rescore_command(
+    context: typer.Context,
     store: StoreOption,
     model: ModelOption,
-    fraction: FractionOption,
-    checkpoint: Annotated[str | None, typer.Option("--checkpoint", help="Rescore with this file, once.")] = None,
-    watched: Annotated[
-        str | None, typer.Option("--watch", help="Folder of checkpoints: a round for each new file, until stopped.")
+    checkpoint: Annotated[
+        str | None, typer.Option("--checkpoint", help="A file, or a folder: the newest complete one in it.")
     ] = None,
-    once: Annotated[bool, typer.Option("--once", help="With --watch: the newest checkpoint now, then exit.")] = False,
-    every: Annotated[float, typer.Option("--poll", min=0.1, help="Seconds between looks at --watch.")] = 5.0,
+    watch: Annotated[
+        str | None, typer.Option("--watch", help="Folder of checkpoints: a round for each newer one, until stopped.")
+    ] = None,
+    once: Annotated[bool, typer.Option("--once", help="The newest checkpoint now, then exit.")] = False,
+    every: Annotated[
+        str | None, typer.Option("--every", help="A run now and each 30m (or 90s, 6h, 1d), until stopped.")
+    ] = None,
+    cron: Annotated[
+        str | None,
+        typer.Option("--cron", help="Runs at a crontab line's times in UTC, as '0 */6 * * *', until stopped."),
+    ] = None,
+    poll: Annotated[float, typer.Option("--poll", min=0.1, help="Seconds between looks at a folder.")] = 5.0,
+    max_runtime: Annotated[
+        str | None, typer.Option("--max-runtime", help="Stop a run that lasts longer, such as 6h. Default: no limit.")
+    ] = None,
+    fraction: Annotated[
+        str | None, typer.Option("--fraction", help="Selected part of all samples, 0.3 say; or give --schedule.")
+    ] = None,
+    schedule: Annotated[
+        str | None, typer.Option("--schedule", help="Fractions by the checkpoint's epoch: power, linear, … (--epochs).")
+    ] = None,
+    epochs: Annotated[int | None, typer.Option("--epochs", min=1, help="Epochs of the training run.")] = None,
+    final: FinalOption = None,
+    budget: BudgetOption = None,
+    warmup: WarmupOption = WARMUP,
+    anneal: AnnealOption = ANNEAL,
+    interval: IntervalOption = INTERVAL,
+    steps: StepsOption = None,
+    epoch_from: Annotated[
+        str | None,
+        typer.Option(
+            "--epoch-from", help="Where a checkpoint's name has its epoch: 'model-{epoch}.'. Default: metadata."
+        ),
+    ] = None,
     strategy: StrategyOption = "distance",
     class_balance: ClassBalanceOption = False,
     min_per_class: MinPerClassOption = 0,
@@ -107,12 +148,23 @@ def rescore_command(
     """Make a round from a new checkpoint: score, select, publish. Running loaders take it up at their next set_epoch.
 
     A checkpoint that has its round already is left alone: nothing to do exits 0 at once (3 while another job works).
+    With --watch, --every or --cron each run is a process of its own, so that a crash ends nothing but itself.
 
     Example: dynams rescore --store runs/a --config run.toml --watch ckpt/
     """
     if fallback is not None and compare_with is None:
         raise UsageError("--fallback needs --compare-with: the model's checkpoint, to compare with and to fall back on")
+    fractions = _fractions(
+        fraction, schedule, epochs, warmup=warmup, anneal=anneal, interval=interval, final=final, budget=budget,
+        steps=steps,
+    )  # fmt: skip
     spec = scorer_spec(model, model_args, head, width, input, label, transform, batch_size, precision, compile)
+    busy = busy_policy(on_busy)
+    target = Store(store)
+    trigger = find_trigger(checkpoint, watch, once, every, cron)
+    if trigger.when is not None:
+        start_runs(context, target, trigger, poll=poll, max_runtime=max_runtime)
+        return
     guards = {
         "class_balance": class_balance,
         "min_per_class": min_per_class,
@@ -120,57 +172,50 @@ def rescore_command(
         "most_disagreement": most_disagreement,
     }
     job = {
-        "scheduler": scheduler, "workers": workers, "device": device, "max_errors": max_errors, "guards": guards,
-        "calibration_samples": calibration_samples, "check_samples": check_samples, "least_overlap": least_overlap,
-        "fallback": fallback, "on_busy": busy_policy(on_busy),
+        "strategy": strategy, "scheduler": scheduler, "workers": workers, "device": device, "max_errors": max_errors,
+        "guards": guards, "calibration_samples": calibration_samples, "check_samples": check_samples,
+        "least_overlap": least_overlap, "fallback": fallback, "on_busy": busy,
     }  # fmt: skip
-    if (checkpoint is None) == (watched is None):
-        raise UsageError("give one of --checkpoint FILE and --watch FOLDER")
-    if watched is None or once:
-        path = checkpoint if checkpoint is not None else newest_checkpoint(str(watched))
-        _report(_rescore(store, spec, path, fraction, strategy, compare_with, job), json)
-        return
-    _watch(
-        watched, every, lambda path: _report(_rescore(store, spec, path, fraction, strategy, compare_with, job), json)
-    )
-
-
-def _watch(folder: str, every: float, work: Callable[[str], None]) -> None:
-    """Work on each checkpoint that appears, until stopped."""
-    say(f"watching {folder} every {every:g} s; Ctrl-C stops")
-    for path in watch(folder, every=every):
-        _patiently(work, path, every)
-
-
-def _patiently(work: Callable[[str], None], path: str, every: float) -> None:
-    """A passing fault must not cost a checkpoint its round, nor end the watch: try again, then go on with the next."""
-    for attempt in range(1, ATTEMPTS + 1):
-        try:
-            work(path)
-        except UsageError:
-            raise
-        except (DynamsError, OSError) as error:
-            say(f"{path}: no round: {error}" + ("; trying again" if attempt < ATTEMPTS else ""))
-            time.sleep(every * attempt)
-        else:
+    with recorded_run(target) as record:
+        record.checkpoint = found = newest_checkpoint(trigger.place, settle=poll)
+        epoch = epoch_of(found, epoch_from)
+        due = due_round(target, fractions, found, epoch) if isinstance(fractions, Schedule) else Due(fractions)
+        if due.fraction is None:
+            record.ended("not due")
+            _report_not_due(found, due, json)
             return
+        result = _rescore(target, spec, found, due.fraction, epoch, compare_with, job)
+        record.ended("published" if result.published else "up to date", round=result.round.number)
+    _report(result, json)
+
+
+def _fractions(
+    fraction: str | None, schedule: str | None, epochs: int | None, *, steps: int | None, **arguments: Any
+) -> str | Schedule:
+    """One fraction for all rounds, or a schedule of them."""
+    if (fraction is None) == (schedule is None):
+        raise UsageError("give one of --fraction 0.3, and --schedule power with --epochs and --final (or --budget)")
+    if schedule is None:
+        return str(fraction)
+    if epochs is None:
+        raise UsageError(f"--schedule {schedule} needs --epochs: how many the training run has")
+    return make_schedule(schedule, steps=steps, epochs=epochs, **arguments)
 
 
 def _rescore(
-    store: str,
+    store: Store,
     spec: ScorerSpec,
     checkpoint: str,
-    fraction: str,
-    strategy: str,
+    fraction: float | str,
+    epoch: int | None,
     compare_with: str | None,
-    job: dict[str, object],
+    job: Mapping[str, Any],
 ) -> Rescored:
     model = None if compare_with is None else model_beside(checkpoint, compare_with)
     with scoring_progress() as progress:
         return rescore(
-            Store(store), spec, checkpoint, fraction=fraction, strategy=strategy, model_checkpoint=model,
-            progress=progress, **job,
-        )  # fmt: skip
+            store, spec, checkpoint, fraction=fraction, epoch=epoch, model_checkpoint=model, progress=progress, **job
+        )
 
 
 def _report(result: Rescored, as_json: bool) -> None:
@@ -186,6 +231,14 @@ def _report(result: Rescored, as_json: bool) -> None:
         },
         f"round {published.number} {words}: {counts['selected']:,} of {counts['all']:,} samples, "
         f"checkpoint {result.checkpoint}",
+        as_json,
+    )
+
+
+def _report_not_due(checkpoint: str, due: Due, as_json: bool) -> None:
+    show(
+        {"checkpoint": checkpoint, "round": None, "published": False, "reason": due.reason},
+        f"no round is due: {due.reason}; checkpoint {checkpoint}",
         as_json,
     )
 

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import asdict
-from datetime import UTC, datetime
-from typing import Annotated
+from datetime import UTC, datetime, timedelta
+from typing import Annotated, Any
 
 import typer
 
+from dynams_stream.errors import UsageError
 from dynams_stream.store import Round, Store
-from pipeline.lease import current_holder
-from tools.command import ConfigOption, DebugOption, JsonOption, StoreOption, run, show
+from pipeline.freshness import freshness
+from pipeline.lease import Holder, current_holder
+from pipeline.run_records import LastRun, TriggerState, last_run, trigger
+from tools.command import ConfigOption, DebugOption, JsonOption, StoreOption, run, say, show
+from tools.prometheus import prometheus_text
 from tools.select_subset import round_summary
 
 app = typer.Typer(add_completion=False)
@@ -20,21 +25,35 @@ app = typer.Typer(add_completion=False)
 def status(
     store: StoreOption,
     last: Annotated[int, typer.Option("--last", min=1, help="How many of the newest rounds to list.")] = 10,
+    checkpoints: Annotated[
+        str | None,
+        typer.Option("--checkpoints", help="Folder of checkpoints to compare with. Default: dynams rescore's."),
+    ] = None,
+    prometheus: Annotated[bool, typer.Option("--prometheus", help="Print metrics as Prometheus text.")] = False,
     config: ConfigOption = None,
     json: JsonOption = False,
     debug: DebugOption = False,
 ) -> None:
-    """Tell what is indexed and published, and how old the newest round is.
+    """Tell what is indexed and published, how old the newest round is, and how re-scoring is doing.
 
     Example: dynams status --store runs/a
     """
     target = Store(store)
-    dataset = target.dataset()
     rounds = target.rounds()
-    unpublished = sorted(set(target.round_numbers()) - {published.number for published in rounds})
-    holder = current_holder(target)
-    result = {
-        "store": target.url,
+    result = as_dict(target, rounds, last, checkpoints)
+    if prometheus:
+        print(prometheus_text(result), end="", flush=True)
+        return
+    show(result, in_words(result, rounds[-last:]), json)
+
+
+def as_dict(store: Store, rounds: list[Round], last: int, place: str | None) -> dict[str, Any]:
+    """The state for `--json`."""
+    dataset = store.dataset()
+    holder, ran, starts = current_holder(store), last_run(store), trigger(store)
+    place = place or (None if starts is None else starts.checkpoints)
+    return {
+        "store": store.url,
         "at_work": None if holder is None else asdict(holder),
         "dataset": {
             "version": dataset.version,
@@ -45,11 +64,20 @@ def status(
         },
         "rounds": [{"round": published.number, **round_summary(published)} for published in rounds[-last:]],
         "published_rounds": len(rounds),
-        "unpublished_rounds": unpublished,
+        "unpublished_rounds": sorted(set(store.round_numbers()) - {published.number for published in rounds}),
         "newest_round_age_seconds": round(age_seconds(rounds[-1]), 1) if rounds else None,
+        "checkpoints": None if place is None else _freshness(store, place, ran),
+        "last_run": None if ran is None else asdict(ran),
+        "trigger": None if starts is None else asdict(starts),
     }
-    at_work = [] if holder is None else [f"at work: {holder}"]
-    show(result, "\n".join([in_words(result, rounds[-last:]), *at_work]), json)
+
+
+def _freshness(store: Store, place: str, ran: LastRun | None) -> dict[str, Any] | None:
+    try:
+        return asdict(freshness(store, place, ran))
+    except UsageError as error:  # the folder went; the rest can be told
+        say(f"checkpoints: {error}")
+        return None
 
 
 def age_seconds(published: Round) -> float:
@@ -82,7 +110,25 @@ def in_words(result: dict[str, object], rounds: list[Round]) -> str:
         )
     if result["unpublished_rounds"]:
         lines.append(f"begun, not published: {result['unpublished_rounds']}; run the command that began them again")
-    return "\n".join(lines)
+    return "\n".join([*lines, *_rescoring_in_words(result)])
+
+
+def _rescoring_in_words(result: Mapping[str, Any]) -> list[str]:
+    """Who is at work, how the last run of `dynams rescore` ended, what starts the next one, and what waits."""
+    lines = []
+    if result["at_work"]:
+        lines.append(f"at work: {Holder(**result['at_work'])}")
+    if result["last_run"]:
+        lines.append(f"last run: {LastRun(**result['last_run'])}")
+    if result["trigger"]:
+        lines.append(f"runs start: {TriggerState(**result['trigger'])}")
+    if result["checkpoints"]:
+        behind = result["checkpoints"]["behind_seconds"]
+        state = (
+            f"a newer one has waited for {timedelta(seconds=round(behind))}" if behind else "none waits for its round"
+        )
+        lines.append(f"checkpoints: {result['checkpoints']['place']}, {state}")
+    return lines
 
 
 if __name__ == "__main__":
