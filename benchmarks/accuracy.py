@@ -132,6 +132,12 @@ def budgets() -> Iterator[Setting]:
                 "largest EL2N, model": "-el2n",
             }.items():
                 yield dynams(f"{budget}: {name}", condition, strategy=strategy, **power, **BY_MODEL)
+            if condition == "long tail":
+                for name, quotas in {
+                    "class_balance": {"class_balance": True},
+                    "100 per class": {"min_per_class": 100},
+                }.items():
+                    yield dynams(f"{budget}: DynaMS, model, {name}", condition, **quotas, **power, **BY_MODEL)
 
 
 def frontier() -> Iterator[Setting]:
