@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+from distributed import Client
 
 from dynams_stream import schema
 from dynams_stream.class_quotas import ClassQuotas
@@ -16,13 +18,15 @@ from dynams_stream.cut import CutResult, ScorePart, exact_cut, rows_by_shard
 from dynams_stream.dataset import Dataset
 from dynams_stream.errors import RoundNotFoundError, ScoresIncompleteError, SelectionError, UsageError
 from dynams_stream.faithfulness import Faithfulness
-from dynams_stream.ordered_map import ordered_thread_map
+from dynams_stream.ordered_map import OrderedMap, ordered_thread_map
 from dynams_stream.selection import selected_count
 from dynams_stream.selection_file import selection_writer
 from dynams_stream.store import Round, Store
 from dynams_stream.strategy import Strategy
 from dynams_stream.version import library_version
+from pipeline.cluster import dask_client
 from pipeline.cores import available_cores
+from pipeline.dask_map import ordered_dask_map
 from pipeline.guards import examine_selection
 from pipeline.label_errors import require_cleanlab, score_history, suspected_label_errors
 from pipeline.pending import FinishedPart, finished_parts, newest_scores
@@ -48,6 +52,8 @@ def select_round(
     fraction: float | str,
     strategy: str = "distance",
     scores_of: int | None = None,
+    client: Client | None = None,
+    scheduler: str | None = None,
     workers: int | None = None,
     as_newest: bool = False,
     class_balance: bool = False,
@@ -64,7 +70,9 @@ def select_round(
         fraction: γ, the selected part of all samples; the decimal as written counts.
         strategy: an expression over score columns, such as `distance` or `abs(margin)`, or `random:SEED`.
         scores_of: the round whose score tables are cut; the newest complete ones by default.
-        workers: threads that read the tables.
+        client, scheduler: a Dask cluster whose tasks read the tables, see `pipeline.cluster.dask_client`. Without one
+            threads of this process do, which is faster where they reach the tables as fast; the bytes are the same.
+        workers: how many threads.
         as_newest: take an earlier round that was cut in the same way only if it is the newest one, so that "latest"
             means this selection afterwards; a training script that is run again needs that.
         class_balance: each class gives the same share of its samples.
@@ -99,14 +107,15 @@ def select_round(
         return SelectResult(earlier, published=False)
     number = round_to_publish(store, scored, intent)
     excluded = None if judged_by is None else _exclude(store, dataset, number, judged_by)
-    result = exact_cut(
-        _score_parts(store, dataset, scored, excluded),
-        fraction=fraction,
-        strategy=chosen,
-        destination=store.path(schema.selection_path(number)),
-        quotas=quotas,
-        ordered_map=ordered_thread_map(workers or available_cores()),
-    )
+    with _ordered_map(client, scheduler, workers) as ordered_map:
+        result = exact_cut(
+            _score_parts(store, dataset, scored, excluded),
+            fraction=fraction,
+            strategy=chosen,
+            destination=store.path(schema.selection_path(number)),
+            quotas=quotas,
+            ordered_map=ordered_map,
+        )
     if result.scored == 0 and selected_count(fraction, dataset.samples):
         raise SelectionError(
             f"{store.url}: none of {dataset.samples} samples has a value of {chosen}; "
@@ -119,6 +128,16 @@ def select_round(
     manifest["guards"] = asdict(examine_selection(store, dataset, number, scored, result, most_disagreement))
     manifest["faithfulness"] = None if faithfulness is None else asdict(faithfulness)
     return SelectResult(store.publish(number, manifest, still_ours=still_ours), published=True)
+
+
+@contextmanager
+def _ordered_map(client: Client | None, scheduler: str | None, workers: int | None) -> Iterator[OrderedMap]:
+    """Tasks of a cluster where there is one, else threads."""
+    if client is None and scheduler is None:
+        yield ordered_thread_map(workers or available_cores())
+        return
+    with dask_client(client, scheduler=scheduler) as connected:
+        yield ordered_dask_map(connected)
 
 
 def require_options(strategy: Strategy, quotas: ClassQuotas, exclude_noisy: bool) -> None:

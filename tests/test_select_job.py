@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -60,6 +61,21 @@ def test_any_number_of_workers_gives_the_same_bytes(scored: Store) -> None:
             manifest.unlink()
             made = select_round(scored, fraction="0.2", workers=workers)
         files.append(Path(scored.path(schema.selection_path(made.round.number))).read_bytes())
+    assert files[0] == files[1] == files[2]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"strategy": "abs(margin)"}, {"class_balance": True}, {"min_per_class": 20}, {"strategy": "random:3"}],
+    ids=lambda options: next(iter(options)),
+)
+def test_tasks_of_a_cluster_give_the_same_bytes(scored: Store, client: Client, options: dict[str, Any]) -> None:
+    files = []
+    for where in ({"workers": 2}, {"client": client}, {"scheduler": client.scheduler.address}):
+        made = select_round(scored, fraction="0.2", **options, **where)
+        assert made.published
+        files.append(Path(scored.path(schema.selection_path(made.round.number))).read_bytes())
+        Path(scored.path(schema.manifest_path(made.round.number))).unlink()
     assert files[0] == files[1] == files[2]
 
 
