@@ -43,6 +43,7 @@ bench: install
 	$(BIN)/python benchmarks/indexing.py
 	$(BIN)/python benchmarks/decoding.py
 	$(BIN)/python benchmarks/proxy.py --models small_cnn resnet18
+	$(BIN)/python benchmarks/selection.py
 
 # Everything: some hours, 20 GB of disk.
 bench-full: bench-peers
@@ -56,6 +57,8 @@ bench-full: bench-peers
 	$(BIN)/python benchmarks/indexing.py
 	$(BIN)/python benchmarks/decoding.py
 	$(BIN)/python benchmarks/proxy.py
+	$(BIN)/python benchmarks/selection.py --rows 100000000
+	$(BIN)/python benchmarks/selection.py --rows 1000000000 --runs 1 --only "dynams, threads"
 	$(BIN)/python benchmarks/teacher_student.py
 	$(BIN)/python benchmarks/accuracy.py headline
 	$(BIN)/python benchmarks/accuracy.py frontier

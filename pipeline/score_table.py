@@ -91,23 +91,28 @@ class ScoreTable:
             identity: JSON that says what decided the scores.
             receipt: called when all lines are encoded, so that it can count the seconds of that.
         """
-        buffer, table = io.BytesIO(), self.table()
-        writer = pq.ParquetWriter(
-            buffer,
-            schema.SCORES_SCHEMA,
-            compression="zstd",
-            use_dictionary=["error", "label", "predicted", "runner_up"],
-            column_encoding=schema.encodings(schema.SCORES_SCHEMA),
-            write_page_checksum=True,
-        )
-        for start, stop in _shard_runs(table["shard"].to_numpy()):
-            writer.write_table(table.slice(start, stop - start), row_group_size=schema.ROW_GROUP_ROWS)
-        made = receipt()
-        writer.add_key_value_metadata(
-            {schema.IDENTITY_KEY.decode(): identity, schema.RECEIPT_KEY.decode(): json.dumps(asdict(made))}
-        )
-        writer.close()
-        return buffer.getbuffer(), made
+        return score_table_file(self.table(), identity, receipt)
+
+
+def score_table_file(table: pa.Table, identity: str, receipt: Callable[[], Receipt]) -> tuple[memoryview, Receipt]:
+    """`ScoreTable.parquet` of lines that are there already, in `schema.SCORES_SCHEMA` and (shard, row) order."""
+    buffer = io.BytesIO()
+    writer = pq.ParquetWriter(
+        buffer,
+        schema.SCORES_SCHEMA,
+        compression="zstd",
+        use_dictionary=["error", "label", "predicted", "runner_up"],
+        column_encoding=schema.encodings(schema.SCORES_SCHEMA),
+        write_page_checksum=True,
+    )
+    for start, stop in _shard_runs(table["shard"].to_numpy()):
+        writer.write_table(table.slice(start, stop - start), row_group_size=schema.ROW_GROUP_ROWS)
+    made = receipt()
+    writer.add_key_value_metadata(
+        {schema.IDENTITY_KEY.decode(): identity, schema.RECEIPT_KEY.decode(): json.dumps(asdict(made))}
+    )
+    writer.close()
+    return buffer.getbuffer(), made
 
 
 def _shard_runs(shards: np.ndarray) -> Iterator[tuple[int, int]]:
