@@ -7,7 +7,6 @@ it names and build the model there, once.
 from __future__ import annotations
 
 import importlib
-import io
 import json
 import logging
 import threading
@@ -15,15 +14,14 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
-import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor, nn
 
 from dynams_stream.checkpoint import load_weights
 from dynams_stream.errors import ModelError, SampleError, UsageError
 from dynams_stream.features import HeadFeatures
 from dynams_stream.fusing import fuse_convolutions
+from dynams_stream.images import open_image, rgb_tensor
 from dynams_stream.proxy import slim_architecture
 from dynams_stream.scores import BoundaryNorms, ScoreBatch, join_scores, score_batch
 
@@ -55,6 +53,8 @@ class ScorerSpec:
         precision: of the forward pass up to the head, whose logits and scores are float32 or better in any case:
             "float32", "bfloat16" (by autocast), or "auto": bfloat16 on GPUs, float32 elsewhere.
         compile: run the network through `torch.compile`; worth its minutes on large datasets.
+        least_side: decode JPEGs at 1/2, 1/4 or 1/8 of their size as long as both sides keep so many pixels: what the
+            transform shrinks them to, or more. Cheaper, and other pixels than the full size shrunk; None for those.
     """
 
     model: str
@@ -67,12 +67,15 @@ class ScorerSpec:
     batch_size: int = 256
     precision: str = "auto"
     compile: bool = False
+    least_side: int | None = None
 
     def __post_init__(self) -> None:
         if not 0 < self.width <= 1:
             raise UsageError(f"width must be in (0, 1]; got {self.width}")
         if self.batch_size < 1:
             raise UsageError(f"batch_size must be at least 1; got {self.batch_size}")
+        if self.least_side is not None and self.least_side < 1:
+            raise UsageError(f"least_side must be at least 1; got {self.least_side}")
         if self.precision not in PRECISIONS:
             raise UsageError(f"precision is one of {', '.join(PRECISIONS)}; got {self.precision!r}")
 
@@ -106,6 +109,8 @@ class ScorerSpec:
         del fields["batch_size"], fields["compile"]
         if self.precision != "bfloat16":  # as it was before there was a choice
             del fields["precision"]
+        if self.least_side is None:
+            del fields["least_side"]
         fields["model_args"] = dict(sorted(self.model_args.items()))
         return {**fields, "scores_version": SCORES_VERSION}
 
@@ -133,12 +138,6 @@ def load_callable(name: str, what: str) -> Callable[..., Any]:
     if not callable(found):
         raise UsageError(f"{what} {name!r} is a {type(found).__name__}, not a callable")
     return found  # type: ignore[no-any-return]
-
-
-def default_transform(image: Image.Image) -> Tensor:
-    """RGB, float32, channels first, in [0, 1]: shape (3, height, width)."""
-    pixels = np.asarray(image.convert("RGB"), dtype=np.uint8)
-    return torch.from_numpy(pixels.copy()).permute(2, 0, 1).contiguous().float().div_(255)
 
 
 def build_network(spec: ScorerSpec, checkpoint: str | None) -> nn.Module:
@@ -173,7 +172,7 @@ class Scorer:
         self.device = torch.device(device)
         self.network = build_network(spec, checkpoint)
         fuse_convolutions(self.network)
-        self.transform = default_transform if spec.transform is None else load_callable(spec.transform, "--transform")
+        self.transform = None if spec.transform is None else load_callable(spec.transform, "--transform")
         self.inputs = tuple((spec.input or "").split(";"))
         self.label_extension, _, self.label_field = (spec.label or "").partition(":")
         self._features = HeadFeatures(
@@ -202,7 +201,9 @@ class Scorer:
         if data is None:
             raise SampleError(f"no member {self.spec.input!r}")
         try:
-            with Image.open(io.BytesIO(data)) as image:
+            if self.transform is None:
+                return rgb_tensor(data, self.spec.least_side)
+            with open_image(data, self.spec.least_side) as image:
                 tensor = self.transform(image)
         except Exception as error:  # decoders and users' transforms raise anything; the error names it
             raise SampleError(f"cannot decode: {type(error).__name__}: {error}") from error

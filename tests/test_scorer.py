@@ -15,7 +15,7 @@ from PIL import Image
 import toy_models
 from dynams_stream.checkpoint import checkpoint_epoch, read_checkpoint, save_weights, weights_bytes
 from dynams_stream.errors import CheckpointError, HeadError, ModelError, SampleError, UsageError
-from dynams_stream.scorer import Scorer, ScorerSpec, build_network, default_transform, load_callable
+from dynams_stream.scorer import Scorer, ScorerSpec, build_network, load_callable
 from dynams_stream.scores import ScoreBatch
 
 LINEAR = ScorerSpec(model="toy_models:linear", input="png", label="cls", transform="toy_models:gray")
@@ -51,12 +51,20 @@ def test_scores_of_a_linear_model_are_those_of_the_definition() -> None:
     assert scores.loss.item() == pytest.approx(np.log(np.exp(logits - logits[3]).sum()), rel=1e-5)
 
 
-def test_default_transform_is_rgb_in_unit_range() -> None:
-    image = Image.fromarray(np.full((4, 6), 255, dtype=np.uint8))
-    tensor = default_transform(image)
+def test_without_a_transform_inputs_are_rgb_in_unit_range() -> None:
+    tensor, _ = Scorer(replace(LINEAR, transform=None), None).prepare({"png": png(np.full((4, 6), 255, np.uint8))})
     assert tensor.shape == (3, 4, 6)
     assert tensor.dtype == torch.float32
     assert bool((tensor == 1).all())
+
+
+def test_large_jpegs_reach_a_transform_at_a_part_of_their_size() -> None:
+    file = io.BytesIO()
+    Image.fromarray(np.full((64, 96), 80, dtype=np.uint8)).save(file, "JPEG")
+    whole = replace(LINEAR, transform="toy_models:gray", input="jpg")
+    for least_side, shape in ((None, (1, 64, 96)), (60, (1, 64, 96)), (30, (1, 32, 48)), (8, (1, 8, 12))):
+        tensor, _ = Scorer(replace(whole, least_side=least_side), None).prepare({"jpg": file.getvalue()})
+        assert tensor.shape == shape
 
 
 @pytest.mark.parametrize(
@@ -157,8 +165,12 @@ def test_spec_identity_leaves_out_only_what_does_not_change_scores() -> None:
     assert spec.identity() != ScorerSpec(model="toy_models:linear", width=0.5).identity()
     assert spec.identity() == ScorerSpec(model="toy_models:linear", precision="float32", compile=True).identity()
     assert spec.identity() != ScorerSpec(model="toy_models:linear", precision="bfloat16").identity()
+    assert spec.identity() != ScorerSpec(model="toy_models:linear", least_side=64).identity()
+    assert "least_side" not in spec.identity()  # tables from before there was the choice stay what they were
     with pytest.raises(UsageError, match="width"):
         ScorerSpec(model="a:b", width=0)
+    with pytest.raises(UsageError, match="least_side must be at least 1; got 0"):
+        ScorerSpec(model="a:b", least_side=0)
     with pytest.raises(UsageError, match="float32, bfloat16; got 'half'"):
         ScorerSpec(model="a:b", precision="half")
 
