@@ -2,9 +2,9 @@
 
     python benchmarks/scoring.py [--runs 3] [--workloads resnet18 small]
 
-* loop: one process that reads a shard in long pieces by the index, decodes with PIL, and scores batches of 64 with a fused
-  network: distance, margin and loss. Nothing is written. On two cores there are two, each with half of the shards, and
-  the slower one's time counts.
+* loop: one process that reads a shard in long pieces by the index, decodes with PIL, and scores batches of 64 with a
+  fused network: distance, margin and loss. Nothing is written. On two cores there are two, each with half of the shards,
+  and the slower one's time counts.
 * dynams: `dynams score` on a local cluster of one or two workers that runs already, scheduler and client on the same
   cores; all scores, written as tables. (A round of another store has been scored before, so that the network is built.)
 
@@ -48,7 +48,7 @@ WORKLOADS = {
     "small": Workload("scoring_models:small", "scoring_models:thumbnail", 20_000),
 }
 
-# ---- the contenders, each in a process of its own: "ready", then a line on stdin starts the clock ----------------------
+# ---- the contenders, each in a process of its own: "ready", then a line on stdin starts the clock --------------------
 
 
 def loop(folder: Path, workload: Workload, first: int, step: int) -> None:
@@ -218,9 +218,7 @@ def main() -> None:
         run = loop if contender == "loop" else lambda folder, workload, workers, _: dynams(folder, workload, workers)
         run(Path(folder), WORKLOADS[name], int(first), int(second))
         return
-    print(
-        "| | cores | loop, samples/s | dynams | dynams of loop | read, decode, forward, write of dynams, thread seconds |"
-    )
+    print("| | cores | loop, samples/s | dynams | dynams of loop | dynams: read, decode, forward, write (thread s) |")
     print("|---|---|---|---|---|---|")
     for name in options.workloads:
         folder = options.folder.resolve() / name
