@@ -3,8 +3,8 @@
     python benchmarks/scoring.py [--runs 3] [--workloads resnet18 small]
 
 * loop: one process that reads a shard in long pieces by the index, decodes with PIL, and scores batches of 64 with a
-  fused network: distance, margin and loss. Nothing is written. On two cores there are two, each with half of the shards,
-  and the slower one's time counts.
+  fused network: distance, margin and loss. Nothing is written. On two cores there are two, each with half of the
+  shards, and the time of the slower one counts.
 * dynams: `dynams score` on a local cluster of one or two workers that runs already, scheduler and client on the same
   cores; all scores, written as tables. (A round of another store has been scored before, so that the network is built.)
 
