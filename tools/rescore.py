@@ -17,6 +17,7 @@ from pipeline.select_job import MOST_DISAGREEMENT
 from tools.command import ConfigOption, DebugOption, JsonOption, StoreOption, WorkersOption, run, say, show
 from tools.scoring_options import (
     BatchSizeOption,
+    ClusterOption,
     CompileOption,
     DeviceOption,
     HeadOption,
@@ -27,10 +28,12 @@ from tools.scoring_options import (
     ModelOption,
     OnBusyOption,
     PrecisionOption,
+    SchedulerFileOption,
     SchedulerOption,
     TransformOption,
     WidthOption,
     busy_policy,
+    scheduler_source,
     scorer_spec,
     scoring_progress,
 )
@@ -96,6 +99,8 @@ def rescore_command(
     precision: PrecisionOption = "auto",
     compile: CompileOption = False,
     scheduler: SchedulerOption = None,
+    scheduler_file: SchedulerFileOption = None,
+    cluster: ClusterOption = None,
     workers: WorkersOption = None,
     device: DeviceOption = "cpu",
     max_errors: MaxErrorsOption = None,
@@ -120,7 +125,8 @@ def rescore_command(
         "most_disagreement": most_disagreement,
     }
     job = {
-        "scheduler": scheduler, "workers": workers, "device": device, "max_errors": max_errors, "guards": guards,
+        "scheduler": scheduler_source(scheduler, scheduler_file, cluster), "workers": workers, "device": device,
+        "max_errors": max_errors, "guards": guards,
         "calibration_samples": calibration_samples, "check_samples": check_samples, "least_overlap": least_overlap,
         "fallback": fallback, "on_busy": busy_policy(on_busy),
     }  # fmt: skip
