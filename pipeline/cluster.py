@@ -10,12 +10,14 @@ from __future__ import annotations
 import json
 import logging
 import os
+import socket
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
+from urllib.parse import urlsplit
 
 from distributed import Client
 
@@ -97,9 +99,20 @@ def _closing(client: Client) -> Iterator[Client]:
 
 def _connect(address: str) -> Client:
     try:
+        _knock(address)
         return Client(address, timeout=CONNECT_SECONDS, set_as_default=False)
     except (OSError, TimeoutError, ValueError) as error:
         raise UsageError(f"cannot reach the Dask scheduler at {address}: {error}; is it running?") from error
+
+
+def _knock(address: str) -> None:
+    """Raise at once when nobody listens there: a `Client` that cannot connect takes long, and longer to go away."""
+    place = urlsplit(address if "://" in address else f"tcp://{address}")
+    if place.scheme not in ("tcp", "tls"):
+        return
+    if place.hostname is None or place.port is None:
+        raise ValueError("an address looks like tcp://host:8786")
+    socket.create_connection((place.hostname, place.port), timeout=CONNECT_SECONDS).close()
 
 
 def _connect_by_file(path: str) -> Client:

@@ -20,7 +20,9 @@ from distributed.deploy import Cluster
 from dynams_stream.errors import DynamsError, ScoringError
 from pipeline.cluster_spec import ClusterSpec
 from pipeline.local_cluster import start_cuda, start_local
-from pipeline.remote_cluster import slurm_cluster, start_kubernetes, submit_jobs
+from pipeline.remote_cluster import keep_jobs, slurm_cluster, start_kubernetes, start_slurm
+
+logger = logging.getLogger(__name__)
 
 RESUBMIT_SECONDS = 30
 """How often jobs that ended (walltime, a lost node) are replaced."""
@@ -32,6 +34,7 @@ def main() -> None:
     """Do what the command line asks for: a cluster, or the script of one of its jobs."""
     request = json.loads(sys.argv[1])
     spec, say = ClusterSpec(**request["spec"]), _answer_line()
+    logging.getLogger("tornado.application").setLevel(logging.CRITICAL)  # tracebacks of what is raised here, too
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     try:
         if request.get("job_script"):
@@ -42,24 +45,25 @@ def main() -> None:
     except DynamsError as error:
         say({"error": type(error).__name__, "message": str(error)})
     except Exception as error:  # noqa: BLE001 - whatever sbatch, Kubernetes or Dask raise; the parent tells it
-        message = f"the cluster of kind {spec.kind!r} did not start: {type(error).__name__}: {error}"
+        message = f"the cluster of kind {spec.kind!r} failed: {type(error).__name__}: {error}"
         say({"error": ScoringError.__name__, "message": message})
 
 
 def _own(spec: ClusterSpec, device: str, say: Say) -> None:
     """Start the cluster, say where it is, keep it until the parent is done with it."""
     with _start(spec, device) as cluster:
-        if spec.kind == "slurm":
-            submit_jobs(cluster, spec.workers or 1)
         say({"address": cluster.scheduler_address})
         while not _parent_is_done(RESUBMIT_SECONDS):
             if spec.kind == "slurm":
-                cluster.scale(spec.workers)
+                try:
+                    keep_jobs(cluster, spec)
+                except Exception as error:  # noqa: BLE001 - the workers that are left go on
+                    logger.warning(f"a job that ended could not be replaced: {' '.join(str(error).split())}")
 
 
 def _start(spec: ClusterSpec, device: str) -> Cluster:
     if spec.kind == "slurm":
-        return slurm_cluster(spec)
+        return start_slurm(spec)
     if spec.kind == "kubernetes":
         return start_kubernetes(spec)
     return start_cuda(spec) if spec.kind == "cuda" else start_local(spec, device)
@@ -79,7 +83,7 @@ def _answer_line() -> Say:
 
     def say(answer: dict[str, Any]) -> None:
         if said:  # the cluster was up: what happened since is no answer to the parent's question
-            logging.getLogger(__name__).warning(answer.get("message", answer))
+            logger.warning(answer.get("message", answer))
             return
         said.append(answer)
         answers.write(json.dumps(answer) + "\n")

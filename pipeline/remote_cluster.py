@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from typing import Any
 
 import dask
 import yaml
 from distributed.deploy import Cluster
 
-from dynams_stream.errors import MissingExtraError, UsageError
+from dynams_stream.errors import MissingExtraError, ScoringError, UsageError
 from pipeline.cluster_spec import ClusterSpec, KubernetesOptions, SlurmOptions
 from pipeline.local_cluster import WORKER_SETTINGS
 
@@ -56,15 +57,31 @@ def slurm_arguments(options: SlurmOptions) -> dict[str, Any]:
     }
 
 
-def submit_jobs(cluster: Cluster, workers: int) -> None:
-    """Submit the jobs of so many workers, those of workers that are there or queued excepted.
+def start_slurm(spec: ClusterSpec) -> Cluster:
+    """The scheduler, and the jobs of its workers submitted.
+
+    Raises:
+        ScoringError: `sbatch` refused a job, or is not there.
+    """
+    cluster = slurm_cluster(spec)
+    try:
+        keep_jobs(cluster, spec)
+    except Exception as error:
+        with suppress(AssertionError):  # closing cancels what was submitted, then complains of what was not
+            cluster.close()
+        raise ScoringError(f"the batch jobs could not be submitted: {' '.join(str(error).split())}") from error
+    return cluster
+
+
+def keep_jobs(cluster: Cluster, spec: ClusterSpec) -> None:
+    """Submit a job for each worker that has none: at first for all, later for those whose jobs ended.
 
     Raises:
         Exception: what `sbatch` said, when it refused one.
     """
 
     async def submitted() -> None:
-        cluster.scale(workers)
+        cluster.scale(spec.workers)
         await cluster  # `scale` alone submits in the background, where what sbatch says is lost
 
     cluster.sync(submitted)
