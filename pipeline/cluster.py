@@ -15,7 +15,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -33,6 +33,7 @@ SCHEDULER_FILE_SECONDS = 60
 WORKER_SECONDS = 300
 """How long a cluster without workers is waited for, at the start of a job or after it has lost the last one."""
 CLOSE_SECONDS = 60
+MOMENT_SECONDS = 5.0
 
 
 @contextmanager
@@ -81,7 +82,7 @@ def _spec_to_start(scheduler: str | None, workers: int | None, device: str) -> C
     spec = read_cluster_spec(scheduler)
     if spec.kind == "cuda" and not device.startswith("cuda"):
         raise UsageError(
-            f"{scheduler}: kind 'cuda' starts a worker for each GPU, and the device is {device!r}: use cuda"
+            f"{scheduler}: kind 'cuda' starts a worker for each GPU; the device must be cuda, not {device}"
         )
     return spec
 
@@ -202,14 +203,14 @@ def wait_for_a_worker(client: Client, seconds: float) -> None:
     Raises:
         ScoringError: when none arrives.
     """
-    moment = min(5.0, seconds)
-    for timeout in (moment, seconds - moment):
-        try:
-            client.wait_for_workers(1, timeout=timeout)
-        except TimeoutError:
-            if timeout == moment:
-                logger.warning(f"the Dask cluster has no workers yet; waiting for up to {seconds:g} s")
-        else:
+    moment = min(MOMENT_SECONDS, seconds)
+    with suppress(TimeoutError):
+        client.wait_for_workers(1, timeout=moment)
+        return
+    if seconds > moment:
+        logger.warning(f"the Dask cluster has no workers yet; waiting for up to {seconds:g} s")
+        with suppress(TimeoutError):
+            client.wait_for_workers(1, timeout=seconds - moment)
             return
     raise ScoringError(
         f"the Dask cluster has no workers after {seconds:g} s; look at its jobs and their logs, then run the same "
@@ -229,7 +230,5 @@ def worker_threads(client: Client) -> int:
             wait_for_a_worker(client, WORKER_SECONDS)
             threads = sum(client.nthreads().values())
     except OSError as error:
-        raise ScoringError(
-            f"the Dask scheduler does not answer any more: {error}; run the same command again"
-        ) from error
+        raise ScoringError(f"the Dask scheduler answers no more: {error}; run the same command again") from error
     return threads
