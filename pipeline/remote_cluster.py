@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import uuid
 from contextlib import suppress
 from typing import Any
 
@@ -96,7 +97,7 @@ def start_kubernetes(spec: ClusterSpec) -> Cluster:
     """
     options = spec.kubernetes
     assert options is not None
-    manifest = dask_cluster_manifest(options, spec.workers)
+    manifest = dask_cluster_manifest(options, spec.workers, uuid.uuid4().hex[:8])
     try:
         from dask_kubernetes.operator import KubeCluster
     except ImportError as error:
@@ -107,8 +108,15 @@ def start_kubernetes(spec: ClusterSpec) -> Cluster:
     return KubeCluster(custom_cluster_spec=manifest, shutdown_on_close=True, quiet=True, **given)
 
 
-def dask_cluster_manifest(options: KubernetesOptions, workers: int | None) -> dict[str, Any]:
-    """The manifest with the number of workers put in.
+def dask_cluster_manifest(options: KubernetesOptions, workers: int | None, suffix: str) -> dict[str, Any]:
+    """The manifest with the number of workers put in, and a name of its own.
+
+    Two jobs with the same file must not share a cluster: the first one that ends would delete it under the other.
+
+    Args:
+        options: names the file.
+        workers: the number of worker pods.
+        suffix: what is put behind the name.
 
     Raises:
         UsageError: the file is not one YAML document of a `DaskCluster` with scheduler and workers.
@@ -117,8 +125,10 @@ def dask_cluster_manifest(options: KubernetesOptions, workers: int | None) -> di
         manifest = yaml.safe_load(options.manifest.read_text())
         if manifest["kind"] != "DaskCluster":
             raise UsageError(f"{options.manifest}: kind is {manifest['kind']!r}; a DaskCluster is needed")
-        _ = manifest["metadata"]["name"], manifest["spec"]["scheduler"]
+        name = f"{manifest['metadata']['name']}-{suffix}"
+        manifest["metadata"]["name"] = name
         manifest["spec"]["worker"]["replicas"] = workers
+        manifest["spec"]["scheduler"]["service"]["selector"]["dask.org/cluster-name"] = name
     except yaml.YAMLError as error:
         raise UsageError(f"{options.manifest}: not one YAML document: {error}") from error
     except (KeyError, TypeError) as error:

@@ -63,6 +63,7 @@ def scheduler_file(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         yield file
 
 
+@pytest.mark.slow
 def test_scoring_through_a_scheduler_file_gives_the_tables_of_a_local_cluster(
     digit_store: Store, tmp_path: Path, scheduler_file: Path
 ) -> None:

@@ -214,18 +214,19 @@ kind: DaskCluster
 metadata: {name: dynams}
 spec:
   worker: {replicas: 1, spec: {}}
-  scheduler: {spec: {}, service: {}}
+  scheduler: {spec: {}, service: {selector: {dask.org/cluster-name: dynams}}}
 """
 
 
-def test_the_number_of_workers_goes_into_the_manifest(tmp_path: Path) -> None:
+def test_the_manifest_gets_the_number_of_workers_and_a_name_of_its_own(tmp_path: Path) -> None:
     (tmp_path / "dask.yaml").write_text(MANIFEST)
     path = written(tmp_path, 'kind = "kubernetes"\nworkers = 7\n[kubernetes]\nmanifest = "dask.yaml"')
     spec = read_cluster_spec(path)
     assert spec.kubernetes is not None
-    manifest = dask_cluster_manifest(spec.kubernetes, spec.workers)
+    manifest = dask_cluster_manifest(spec.kubernetes, spec.workers, "1a2b")
     assert manifest["spec"]["worker"]["replicas"] == 7
-    assert manifest["metadata"]["name"] == "dynams"
+    assert manifest["metadata"]["name"] == "dynams-1a2b"
+    assert manifest["spec"]["scheduler"]["service"]["selector"] == {"dask.org/cluster-name": "dynams-1a2b"}
 
 
 @pytest.mark.parametrize(
@@ -242,4 +243,4 @@ def test_a_manifest_of_something_else_is_refused(tmp_path: Path, text: str, comp
     spec = ClusterSpec(kind="kubernetes", workers=1, kubernetes={"manifest": tmp_path / "dask.yaml"})  # type: ignore[arg-type]
     assert spec.kubernetes is not None
     with pytest.raises(UsageError, match=complaint):
-        dask_cluster_manifest(spec.kubernetes, 1)
+        dask_cluster_manifest(spec.kubernetes, 1, "x")

@@ -61,6 +61,7 @@ def test_the_local_cluster_shares_the_machine(client: Client) -> None:
     assert client.submit(worker_cores, pure=False).result() == max(1, available_cores() // 2)
 
 
+@pytest.mark.slow
 def test_a_plain_worker_takes_its_share_of_the_cores(tmp_path: Path) -> None:
     with (
         scheduler(tmp_path / "scheduler.json") as file,
