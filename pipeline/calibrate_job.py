@@ -23,7 +23,8 @@ from pipeline.compare_job import PartRows, row_batches, sample_rows
 from pipeline.part_reader import Decoder
 from pipeline.receipt import Clock
 from pipeline.score_job import first_extensions
-from pipeline.score_part import worker_device, worker_scorer
+from pipeline.score_part import worker_scorer
+from pipeline.worker_hardware import worker_device
 
 _SEED = 1
 """Other rows than those that the proxy and its model are compared on."""

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-import os
+from dask.system import cpu_count
 
 
 def available_cores() -> int:
-    """Cores that this process may use, which in a container or a batch job are fewer than the machine has."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else (os.cpu_count() or 1)
+    """Cores that this process may use: fewer than the machine has in a container or a batch job.
+
+    The least of its CPU affinity and of the quota of its control group, as Dask tells it.
+    """
+    return cpu_count()

@@ -1,18 +1,17 @@
-"""A local Dask cluster as a process: `python -m pipeline.local_cluster '{"workers": 2, "device": "cpu"}'`.
-
-Prints one JSON line with the scheduler's address, then lives until its standard input ends.
-"""
+"""Dask clusters on this machine: worker processes for its cores, or one for each GPU."""
 
 from __future__ import annotations
 
-import json
 import logging
-import sys
+import os
+from typing import Any
 
 import dask
 import torch
 from distributed import LocalCluster
 
+from dynams_stream.errors import MissingExtraError
+from pipeline.cluster_spec import ClusterSpec, CudaOptions, LocalOptions
 from pipeline.cores import available_cores
 
 # Scores are not kept in Dask's memory, so there is nothing to spill; pausing would only stall a worker whose decoded
@@ -26,27 +25,45 @@ WORKER_SETTINGS = {
 }
 
 
-def cores_per_worker(workers: int) -> int:
-    """Cores each of `workers` processes may keep busy."""
-    return max(1, available_cores() // workers)
-
-
-def main() -> None:
-    """Start the cluster, say where it is, wait for the end of standard input, stop it."""
-    options = json.loads(sys.argv[1])
-    gpus = torch.cuda.device_count() if options["device"].startswith("cuda") else 0
-    workers = options["workers"] or gpus or available_cores()
+def start_local(spec: ClusterSpec, device: str) -> LocalCluster:
+    """Workers of one Dask thread each; the machine's cores, and its GPUs for `device="cuda"`, are shared among them."""
+    options = spec.local or LocalOptions()
+    cores = min(options.cores or available_cores(), available_cores())
+    gpus = torch.cuda.device_count() if device.startswith("cuda") else 0
+    workers = spec.workers or gpus or cores
     dask.config.set(WORKER_SETTINGS)
-    with LocalCluster(
+    return LocalCluster(
         n_workers=workers,
         threads_per_worker=1,
         dashboard_address=None,
         silence_logs=logging.CRITICAL,  # failures of tasks come back as errors; their tracebacks would only hide those
-        env={"DYNAMS_CORES": str(cores_per_worker(workers))},
-    ) as cluster:
-        print(json.dumps({"address": cluster.scheduler_address}), flush=True)
-        sys.stdin.buffer.read()
+        env={"DYNAMS_CORES": str(max(1, cores // workers)), "DYNAMS_SHARED_GPUS": "1"},
+        **_given(options, "memory_limit", "local_directory"),
+    )
 
 
-if __name__ == "__main__":
-    main()
+def start_cuda(spec: ClusterSpec) -> LocalCluster:
+    """One worker for each GPU, by dask-cuda, which shows each worker its own GPU first.
+
+    Raises:
+        MissingExtraError: dask-cuda is not installed.
+    """
+    try:
+        from dask_cuda import LocalCUDACluster
+    except ImportError as error:
+        raise MissingExtraError("kind 'cuda' needs dask-cuda: pip install 'dynams-stream[cuda]'") from error
+    options = spec.cuda or CudaOptions()
+    gpus = len(options.visible_devices.split(",")) if options.visible_devices else torch.cuda.device_count()
+    os.environ["DYNAMS_CORES"] = str(max(1, available_cores() // (spec.workers or gpus or 1)))  # workers inherit it
+    dask.config.set(WORKER_SETTINGS)
+    return LocalCUDACluster(
+        CUDA_VISIBLE_DEVICES=options.visible_devices,
+        n_workers=spec.workers,
+        threads_per_worker=1,
+        **_given(options, "memory_limit", "device_memory_limit", "local_directory"),
+    )
+
+
+def _given(options: Any, *names: str) -> dict[str, Any]:
+    """The options that the file names; the others keep the package's defaults."""
+    return {name: getattr(options, name) for name in names if getattr(options, name) is not None}

@@ -8,10 +8,9 @@ import uuid
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
-from itertools import islice
 from typing import Any
 
-from distributed import Client, as_completed
+from distributed import Client
 from distributed.scheduler import KilledWorker
 
 from dynams_stream.checkpoint import checkpoint_digest, checkpoint_epoch
@@ -20,8 +19,9 @@ from dynams_stream.errors import DynamsError, ScoringError, ShardError
 from dynams_stream.index import read_shard_index
 from dynams_stream.scorer import ScorerSpec
 from dynams_stream.store import Store
-from pipeline.cluster import dask_client, worker_threads
+from pipeline.cluster import dask_client
 from pipeline.cores import available_cores
+from pipeline.in_flight import in_flight
 from pipeline.lease import OnBusy, store_lease
 from pipeline.pending import finished_parts, scored_round
 from pipeline.receipt import Receipt, total_seconds
@@ -253,17 +253,12 @@ def _run_parts(client: Client, pending: list[PartTask]) -> Iterator[Receipt]:
     failed: list[str] = []
     died: list[PartTask] = []
     attempt = uuid.uuid4().hex[:8]
-    running: dict[str, PartTask] = {}
 
     def submit(task: PartTask, lane: str = "") -> Any:
         key = f"score-{task.number:06d}-{task.part.number:06d}-{attempt}{lane}"
-        running[key] = task
         return client.submit(score_part, task, key=key, pure=False)
 
-    window = worker_threads(client)
-    queue = as_completed([submit(task) for task in islice(waiting, window)], loop=client.loop)
-    for future in queue:
-        task = running.pop(future.key)
+    for task, future in in_flight(client, waiting, submit):
         error = future.exception()
         if error is None:
             yield future.result()
@@ -273,10 +268,6 @@ def _run_parts(client: Client, pending: list[PartTask]) -> Iterator[Receipt]:
             failed.append(f"part {task.part.number}: {error}")
         else:
             raise _as_dynams_error(task, error)
-        future.release()
-        following = next(waiting, None)
-        if following is not None:
-            queue.add(submit(following))
     for task in died:
         error = (future := submit(task, "-alone")).exception()
         if error is None:

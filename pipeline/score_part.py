@@ -6,7 +6,6 @@ shards ──read ranges──► members ──decode threads──► batches 
 from __future__ import annotations
 
 import json
-import os
 import threading
 import time
 from collections.abc import Mapping
@@ -27,6 +26,7 @@ from pipeline.batch_scores import scored_batches
 from pipeline.part_reader import Decoder, part_batches
 from pipeline.receipt import Clock, Receipt
 from pipeline.score_table import ScoreTable
+from pipeline.worker_hardware import worker_cores, worker_device
 
 
 @dataclass(frozen=True)
@@ -103,21 +103,8 @@ def _write(task: PartTask, table: ScoreTable, clock: Clock) -> Receipt:
     return made
 
 
-def _cores() -> int:
-    return int(os.environ.get("DYNAMS_CORES", "1"))
-
-
 def _decode_threads() -> int:
-    return max(2, _cores())
-
-
-def worker_device(device: str) -> str:
-    """The GPU of this worker: workers of a local cluster are numbered and share the machine's GPUs in turn."""
-    if device != "cuda":
-        return device
-    from distributed import get_worker
-
-    return f"cuda:{int(get_worker().name) % torch.cuda.device_count()}"
+    return max(2, worker_cores())
 
 
 _building = threading.Lock()
@@ -129,7 +116,7 @@ def worker_scorer(spec: ScorerSpec, checkpoint: str | None, sha256: str | None, 
     Raises:
         CheckpointError: when the checkpoint is not the one of that digest.
     """
-    torch.set_num_threads(_cores())
+    torch.set_num_threads(worker_cores())
     with _building:
         return _cached_scorer(_Hashable(spec), checkpoint, sha256, worker_device(device))
 

@@ -31,6 +31,7 @@ from tools.schedule_options import (
 )
 from tools.scoring_options import (
     BatchSizeOption,
+    ClusterOption,
     CompileOption,
     DeviceOption,
     HeadOption,
@@ -41,10 +42,12 @@ from tools.scoring_options import (
     ModelOption,
     OnBusyOption,
     PrecisionOption,
+    SchedulerFileOption,
     SchedulerOption,
     TransformOption,
     WidthOption,
     busy_policy,
+    scheduler_source,
     scorer_spec,
     scoring_progress,
 )
@@ -137,6 +140,8 @@ def rescore_command(
     precision: PrecisionOption = "auto",
     compile: CompileOption = False,
     scheduler: SchedulerOption = None,
+    scheduler_file: SchedulerFileOption = None,
+    cluster: ClusterOption = None,
     workers: WorkersOption = None,
     device: DeviceOption = "cpu",
     max_errors: MaxErrorsOption = None,
@@ -159,7 +164,7 @@ def rescore_command(
         steps=steps,
     )  # fmt: skip
     spec = scorer_spec(model, model_args, head, width, input, label, transform, batch_size, precision, compile)
-    busy = busy_policy(on_busy)
+    busy, source = busy_policy(on_busy), scheduler_source(scheduler, scheduler_file, cluster)
     target = Store(store)
     trigger = find_trigger(checkpoint, watch, once, every, cron)
     if trigger.when is not None:
@@ -172,7 +177,7 @@ def rescore_command(
         "most_disagreement": most_disagreement,
     }
     job = {
-        "strategy": strategy, "scheduler": scheduler, "workers": workers, "device": device, "max_errors": max_errors,
+        "strategy": strategy, "scheduler": source, "workers": workers, "device": device, "max_errors": max_errors,
         "guards": guards, "calibration_samples": calibration_samples, "check_samples": check_samples,
         "least_overlap": least_overlap, "fallback": fallback, "on_busy": busy,
     }  # fmt: skip

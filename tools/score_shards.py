@@ -8,6 +8,7 @@ import typer
 
 from dynams_stream import storage
 from dynams_stream.store import Store
+from pipeline.cluster import job_script
 from pipeline.score_job import ScoredRound, ScorePlan, first_extensions, plan_round, score_round
 from tools.command import (
     ConfigOption,
@@ -22,6 +23,7 @@ from tools.command import (
 )
 from tools.scoring_options import (
     BatchSizeOption,
+    ClusterOption,
     CompileOption,
     DeviceOption,
     HeadOption,
@@ -32,10 +34,12 @@ from tools.scoring_options import (
     ModelOption,
     OnBusyOption,
     PrecisionOption,
+    SchedulerFileOption,
     SchedulerOption,
     TransformOption,
     WidthOption,
     busy_policy,
+    scheduler_source,
     scorer_spec,
     scoring_progress,
     time_split,
@@ -60,6 +64,8 @@ def score(
     compile: CompileOption = False,
     epoch: Annotated[int | None, typer.Option("--epoch", help="Recorded with the round.")] = None,
     scheduler: SchedulerOption = None,
+    scheduler_file: SchedulerFileOption = None,
+    cluster: ClusterOption = None,
     workers: WorkersOption = None,
     device: DeviceOption = "cpu",
     max_errors: MaxErrorsOption = None,
@@ -75,18 +81,20 @@ def score(
 
     Example: dynams score --store runs/a --model my_models:resnet18 --checkpoint ckpt/12.safetensors
     """
-    target = Store(store)
+    target, source = Store(store), scheduler_source(scheduler, scheduler_file, cluster)
     spec = scorer_spec(model, model_args, head, width, input, label, transform, batch_size, precision, compile)
     settled = spec.resolved(first_extensions(target, target.dataset()), device)
     if input is None or label is None:
         say(f"input: {settled.input}, label: {settled.label or 'none'} (as the first shard shows)")
     if dry_run:
         plan = plan_round(target, settled, storage.absolute(checkpoint), device)
-        show(plan_as_dict(plan), plan_in_words(plan, store), json)
+        script = job_script(source)
+        text = plan_in_words(plan, store) + (f"\nby batch jobs such as this one:\n\n{script}" if script else "")
+        show(plan_as_dict(plan) | ({"job_script": script} if script else {}), text, json)
         return
     with scoring_progress() as progress:
         result = score_round(
-            target, settled, checkpoint=storage.absolute(checkpoint), epoch=epoch, scheduler=scheduler,
+            target, settled, checkpoint=storage.absolute(checkpoint), epoch=epoch, scheduler=source,
             workers=workers, device=device, max_errors=max_errors, progress=progress,
             on_busy=busy_policy(on_busy),
         )  # fmt: skip

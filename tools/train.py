@@ -23,7 +23,7 @@ from tools.command import DebugOption, JsonOption, WorkersOption, progress_bar, 
 from tools.plan_report import compared, cost_text, costs_by_epoch, schedule_rows, schedule_text
 from tools.plot_margins import plot_margins, require_matplotlib
 from tools.plot_schedule import plot_schedule
-from tools.scoring_options import SchedulerOption
+from tools.scoring_options import ClusterOption, SchedulerFileOption, SchedulerOption, scheduler_source
 from tools.training import DecodeImage, RunResult, build_model, run_folder, train_run
 from tools.training_config import METHODS, Method, RunConfig, read_config
 from tools.training_data import prepare_data
@@ -42,6 +42,8 @@ def train(
     out: Annotated[Path | None, typer.Option("--out", help="Folder for shards, stores and results.")] = None,
     workers: WorkersOption = None,
     scheduler: SchedulerOption = None,
+    scheduler_file: SchedulerFileOption = None,
+    cluster: ClusterOption = None,
     json: JsonOption = False,
     debug: DebugOption = False,
 ) -> None:
@@ -52,10 +54,11 @@ def train(
     Example: dynams train --config examples/mnist.toml --method dynams --seed 0
     """
     chosen = _chosen(read_config(config), method, seed, out)
+    source = scheduler_source(scheduler, scheduler_file, cluster)
     require_matplotlib()
     data, test = prepare_data(chosen)
     planned = announce(chosen, data)
-    with dask_client(scheduler=scheduler, workers=workers, device=chosen.training.device) as client:
+    with dask_client(scheduler=source, workers=workers, device=chosen.training.device) as client:
         results = [
             _finished(chosen, name, number) or _run(chosen, name, number, data, test, client)
             for number in chosen.seeds

@@ -1,0 +1,87 @@
+"""What a worker process may use of its machine: how many cores, and which GPU."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Mapping
+
+import psutil
+import torch
+from distributed import get_worker
+
+from dynams_stream.errors import ScoringError, UsageError
+from pipeline.cores import available_cores
+
+
+def worker_cores() -> int:
+    """Cores that one part may keep busy in this worker.
+
+    `DYNAMS_CORES` says it. Without that, as in a plain `dask worker`, it is this worker's share of the cores that its
+    process may use: they are divided by its Dask threads and by the worker processes that the same program started
+    beside it (`--nworkers`).
+
+    Raises:
+        UsageError: DYNAMS_CORES is not a number from 1 on.
+    """
+    told = os.environ.get("DYNAMS_CORES")
+    if told is None:
+        return max(1, available_cores() // (_dask_threads() * _worker_processes()))
+    if not told.isdecimal() or int(told) < 1:
+        raise UsageError(f"DYNAMS_CORES is {told!r} on this worker; it is the number of cores for one part, from 1 on")
+    return int(told)
+
+
+def _dask_threads() -> int:
+    try:
+        return get_worker().state.nthreads
+    except ValueError:  # not in a worker
+        return 1
+
+
+def _worker_processes() -> int:
+    """How many workers share the cores of this process: those that its parent has started, itself included."""
+    try:
+        siblings = psutil.Process().parent().children()  # type: ignore[union-attr]
+        return max(1, sum("--multiprocessing-fork" in process.cmdline() for process in siblings))
+    except (psutil.Error, AttributeError):
+        return 1
+
+
+def worker_device(device: str) -> str:
+    """The device of this worker: "cpu", or which of the GPUs that it sees.
+
+    Raises:
+        ScoringError: several GPUs are seen, and nothing tells which one is this worker's.
+    """
+    if device != "cuda":
+        return device
+    return f"cuda:{own_gpu(get_worker().name, torch.cuda.device_count(), os.environ)}"
+
+
+def own_gpu(name: object, gpus: int, environment: Mapping[str, str]) -> int:
+    """Which of the GPUs that a worker sees is its own.
+
+    | started by | the worker sees | its own |
+    |---|---|---|
+    | SLURM with `--gres=gpu:1`, a pod | one | that one |
+    | dask-cuda, `CUDA_VISIBLE_DEVICES=3 dask worker` | the ones that CUDA_VISIBLE_DEVICES names | the first of them |
+    | our local cluster, `dask worker --nworkers 8 --name gpu` | the whole machine's | by its number: 3, gpu-3 |
+
+    Args:
+        name: the worker's name.
+        gpus: how many it sees.
+        environment: its environment.
+
+    Raises:
+        ScoringError: none of these: all workers of a machine would take the same GPU.
+    """
+    if gpus <= 1 or ("CUDA_VISIBLE_DEVICES" in environment and "DYNAMS_SHARED_GPUS" not in environment):
+        return 0
+    number = re.fullmatch(r"(?:.*-)?(\d+)", str(name))
+    if number is None:
+        raise ScoringError(
+            f"worker {name!r} sees {gpus} GPUs, and nothing tells which one is its own: start it by dask cuda worker, "
+            f"with CUDA_VISIBLE_DEVICES, or with a number at the end of its name (--name gpu-0)"
+        )
+    return int(number[1]) % gpus

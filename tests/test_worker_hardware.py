@@ -1,0 +1,80 @@
+"""Which cores and which GPU a worker takes, by who started it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from dask_processes import scheduler, wait_until, worker
+from distributed import Client
+
+from dynams_stream.errors import ScoringError, UsageError
+from pipeline.cluster import dask_client
+from pipeline.cores import available_cores
+from pipeline.worker_hardware import own_gpu, worker_cores, worker_device
+
+ONE_CHOSEN = {"CUDA_VISIBLE_DEVICES": "3"}
+ROTATED = {"CUDA_VISIBLE_DEVICES": "3,0,1,2"}
+SHARED = {"CUDA_VISIBLE_DEVICES": "2,3", "DYNAMS_SHARED_GPUS": "1"}
+
+
+@pytest.mark.parametrize(
+    ("who", "name", "gpus", "environment", "expected"),
+    [
+        ("SLURM with --gres=gpu:1", "SLURMCluster-5", 1, ONE_CHOSEN, 0),
+        ("a pod with one GPU", "dynams-default-worker-3f2a", 1, {}, 0),
+        ("a plain worker on a machine with one GPU", "tcp://10.0.0.1:40331", 1, {}, 0),
+        ("dask-cuda, whose names are numbers", 3, 4, ROTATED, 0),
+        ("CUDA_VISIBLE_DEVICES=2,3 dask worker", "tcp://10.0.0.1:40331", 2, {"CUDA_VISIBLE_DEVICES": "2,3"}, 0),
+        ("the local cluster", 3, 8, {"DYNAMS_SHARED_GPUS": "1"}, 3),
+        ("the local cluster of more workers than GPUs", 5, 4, {"DYNAMS_SHARED_GPUS": "1"}, 1),
+        ("the local cluster of a job that sees two GPUs", 1, 2, SHARED, 1),
+        ("the user's own LocalCluster", 2, 4, {}, 2),
+        ("dask worker --nworkers 8 --name gpu", "gpu-6", 8, {}, 6),
+        ("no GPU at all", "x", 0, {}, 0),
+    ],
+)
+def test_each_worker_takes_its_own_gpu(
+    who: str, name: object, gpus: int, environment: dict[str, str], expected: int
+) -> None:
+    assert own_gpu(name, gpus, environment) == expected, who
+
+
+def test_workers_that_would_all_take_the_same_gpu_are_refused() -> None:
+    with pytest.raises(ScoringError, match=r"'tcp://10\.0\.0\.1:40331' sees 8 GPUs.*--name gpu-0"):
+        own_gpu("tcp://10.0.0.1:40331", 8, {})
+
+
+def test_a_device_that_is_named_is_taken() -> None:
+    assert (worker_device("cpu"), worker_device("cuda:1")) == ("cpu", "cuda:1")
+
+
+def test_cores_are_those_that_were_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DYNAMS_CORES", "5")
+    assert worker_cores() == 5
+    monkeypatch.setenv("DYNAMS_CORES", "all")
+    with pytest.raises(UsageError, match="DYNAMS_CORES is 'all' on this worker"):
+        worker_cores()
+
+
+def test_the_local_cluster_shares_the_machine(client: Client) -> None:
+    assert client.submit(worker_cores, pure=False).result() == max(1, available_cores() // 2)
+
+
+@pytest.mark.slow
+def test_a_plain_worker_takes_its_share_of_the_cores(tmp_path: Path) -> None:
+    with (
+        scheduler(tmp_path / "scheduler.json") as file,
+        worker(file, "--nworkers", 2, "--name", "pair", cores=None),
+        worker(file, "--nthreads", 2, "--name", "threads", cores=None),
+        worker(file, "--name", "alone", cores=None),
+        dask_client(scheduler=str(file)) as client,
+    ):
+        wait_until(lambda: len(client.nthreads()) == 4)
+        found = {
+            name: client.submit(worker_cores, workers=[name], pure=False) for name in ("alone", "pair-0", "pair-1")
+        }
+        cores = {name: future.result() for name, future in found.items()}
+        half = max(1, available_cores() // 2)
+        assert cores == {"alone": available_cores(), "pair-0": half, "pair-1": half}
+        assert client.submit(worker_cores, workers=["threads"], pure=False).result() == half
