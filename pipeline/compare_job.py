@@ -24,7 +24,7 @@ from dynams_stream.scorer import ScorerSpec
 from dynams_stream.store import Store
 from dynams_stream.strategy import Strategy
 from pipeline.batch_scores import scored_batches
-from pipeline.part_reader import Decoder, ShardRows
+from pipeline.part_reader import Decoder, ShardRows, open_indexed
 from pipeline.receipt import Clock
 from pipeline.score_job import ScoredRound
 from pipeline.score_part import worker_scorer
@@ -129,9 +129,10 @@ def row_batches(store: Store, chosen: list[PartRows], batch_size: int) -> Iterat
         shards = np.searchsorted(starts, some.rows, side="right") - 1
         for position in np.unique(shards).tolist():
             shard = some.part.first_shard + position
-            reader = store.open_shard(some.urls[position], some.fingerprints[position])
+            url = some.urls[position]
+            reader = open_indexed(store, url, some.fingerprints[position])
             for row in (some.rows[shards == position] - starts[position]).tolist():
-                pieces.append(ShardRows(shard, reader, indexes[shard], row, row + 1))
+                pieces.append(ShardRows(shard, url, reader, indexes[shard], row, row + 1))
                 if len(pieces) == batch_size:
                     yield pieces
                     pieces = []

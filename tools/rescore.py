@@ -14,7 +14,17 @@ from dynams_stream.store import Store
 from pipeline.rescore import Rescored, model_beside, newest_checkpoint, rescore, watch
 from pipeline.rounds import CHECK_SAMPLES, LEAST_OVERLAP
 from pipeline.select_job import MOST_DISAGREEMENT
-from tools.command import ConfigOption, DebugOption, JsonOption, StoreOption, WorkersOption, run, say, show
+from tools.command import (
+    ConfigOption,
+    DebugOption,
+    JsonOption,
+    MaxBadShardsOption,
+    StoreOption,
+    WorkersOption,
+    run,
+    say,
+    show,
+)
 from tools.scoring_options import (
     BatchSizeOption,
     CompileOption,
@@ -42,6 +52,7 @@ from tools.select_subset import (
     MostDisagreementOption,
     StrategyOption,
     round_summary,
+    told_partial,
 )
 
 app = typer.Typer(add_completion=False)
@@ -99,6 +110,7 @@ def rescore_command(
     workers: WorkersOption = None,
     device: DeviceOption = "cpu",
     max_errors: MaxErrorsOption = None,
+    max_bad_shards: MaxBadShardsOption = 0,
     on_busy: OnBusyOption = "skip",
     config: ConfigOption = None,
     json: JsonOption = False,
@@ -121,6 +133,7 @@ def rescore_command(
     }
     job = {
         "scheduler": scheduler, "workers": workers, "device": device, "max_errors": max_errors, "guards": guards,
+        "max_bad_shards": max_bad_shards,
         "calibration_samples": calibration_samples, "check_samples": check_samples, "least_overlap": least_overlap,
         "fallback": fallback, "on_busy": busy_policy(on_busy),
     }  # fmt: skip
@@ -185,7 +198,7 @@ def _report(result: Rescored, as_json: bool) -> None:
             **round_summary(published),
         },
         f"round {published.number} {words}: {counts['selected']:,} of {counts['all']:,} samples, "
-        f"checkpoint {result.checkpoint}",
+        f"checkpoint {result.checkpoint}{told_partial(published)}",
         as_json,
     )
 

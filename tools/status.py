@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import asdict
 from datetime import UTC, datetime
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -57,6 +58,11 @@ def age_seconds(published: Round) -> float:
     return (datetime.now(UTC) - datetime.fromisoformat(published.manifest["ended"])).total_seconds()
 
 
+def _partial(manifest: Mapping[str, Any]) -> str:
+    left_out = len(manifest.get("bad_shards", ()))
+    return f", partial: {left_out} shards left out" if left_out else ""
+
+
 def in_words(result: dict[str, object], rounds: list[Round]) -> str:
     """The state for people."""
     dataset: dict[str, int] = result["dataset"]  # type: ignore[assignment]
@@ -78,7 +84,7 @@ def in_words(result: dict[str, object], rounds: list[Round]) -> str:
         epoch = "" if published.epoch is None else str(published.epoch)
         lines.append(
             f"{published.number:>6} {epoch:>5} {counts['selected']:>12,} {counts['failed']:>7,}  {shown:>10}  "
-            f"{manifest['strategy']}, {manifest['ended']}"
+            f"{manifest['strategy']}, {manifest['ended']}{_partial(manifest)}"
         )
     if result["unpublished_rounds"]:
         lines.append(f"begun, not published: {result['unpublished_rounds']}; run the command that began them again")
