@@ -6,7 +6,7 @@ shards ──the same rows──► the model's scores                  ─┴�
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -75,7 +75,7 @@ def compare_with_model(
         ScoringError: when the model cannot score; what the proxy scored is kept.
     """
     dataset = store.dataset()
-    chosen = sample_rows(dataset, samples)
+    chosen = _without(dataset, sample_rows(dataset, samples), {bad.shard for bad in scored.bad_shards})
     spec, digest = replace(scored.spec, width=1.0), checkpoint_digest(checkpoint)
     task = client.submit(score_rows, store, chosen, spec, checkpoint, digest, device, pure=False)
     proxy = _read_scores(store, scored.number, chosen)
@@ -89,6 +89,18 @@ def compare_with_model(
             f"workers memory for it, or leave the comparison out with check_samples=0"
         ) from error
     return compare_scorers(proxy, model, strategy=strategy, fraction=fraction)
+
+
+def _without(dataset: Dataset, chosen: list[PartRows], shards: Collection[int]) -> list[PartRows]:
+    """The rows that are not of some shards."""
+    found = []
+    for some in chosen:
+        first = some.part.first_shard
+        ends = np.cumsum(dataset.counts[first : first + some.part.shards])
+        left_out = np.isin(first + np.searchsorted(ends, some.rows, side="right"), list(shards))
+        if not left_out.all():
+            found.append(replace(some, rows=some.rows[~left_out]))
+    return found
 
 
 def sample_rows(dataset: Dataset, samples: int, seed: int = 0) -> list[PartRows]:
