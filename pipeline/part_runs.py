@@ -169,7 +169,7 @@ class PartRuns:
                 f"SIGTERM: the parts that run ({len(futures)}) may finish, for {GRACE_SECONDS:.0f} seconds; "
                 f"a second SIGTERM stops at once"
             )
-            with suppress(TimeoutError, CancelledError):
+            with suppress(TimeoutError, CancelledError), self._client.as_current():
                 wait(futures, timeout=GRACE_SECONDS)
 
 
