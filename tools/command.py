@@ -53,9 +53,10 @@ def run(app: typer.Typer | Callable[[], Any], arguments: list[str] | None = None
     if os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())
     signal.signal(signal.SIGTERM, _terminate)
-    logging.basicConfig(
-        level=logging.WARNING, format="%(message)s", handlers=[RichHandler(console=stderr, show_path=False)]
-    )
+    handler = RichHandler(console=stderr, show_path=False)
+    # Its tracebacks would hide our message, and it sets its loggers' levels itself when it is imported.
+    handler.addFilter(lambda record: not record.name.startswith("distributed."))
+    logging.basicConfig(level=logging.WARNING, format="%(message)s", handlers=[handler])
     logging.getLogger("distributed").setLevel(logging.CRITICAL)
     given = sys.argv[1:] if arguments is None else arguments
     debug = "--debug" in given
