@@ -17,7 +17,7 @@ from distributed import Client
 from typer.testing import CliRunner
 
 import toy_models
-from dynams_stream import ScorerSpec, SelectedDataset, Store, schema
+from dynams_stream import ParameterSharingProxy, ScorerSpec, SelectedDataset, Store, schema
 from dynams_stream.errors import ScoresIncompleteError, ScoringError, StoreBusyError
 from pipeline import part_runs, select_job
 from pipeline.index_job import build_index
@@ -25,11 +25,14 @@ from pipeline.lease import store_lease
 from pipeline.pending import finished_parts
 from pipeline.receipt import BadShard
 from pipeline.rounds import make_round
-from pipeline.score_job import plan_round, score_round
+from pipeline.score_job import _part_tasks, plan_round, score_round
+from pipeline.score_part import score_part
 from pipeline.select_job import select_round
 from pipeline.shards import open_source, write_shards
 from pipeline.verify_job import verify_store
 from pipeline.weights import SavedWeights
+from tools.score_shards import app as score_app
+from tools.select_subset import app as select_app
 from tools.select_subset import in_words
 from tools.status import app
 
@@ -283,3 +286,42 @@ def test_a_shard_written_over_in_the_middle_of_its_part_gives_no_scores(
     table, bad = tables(store, 1), (first_in_part,)
     assert of_shards(table, bad, keep=True)["distance"].null_count == 30
     assert of_shards(table, bad, keep=False).equals(of_shards(undisturbed, bad, keep=False))
+
+
+def test_a_late_worker_replaces_no_published_table(store: Store, checkpoint: str, client: Client) -> None:
+    score_round(store, SPEC, checkpoint=checkpoint, client=client)
+    select_round(store, fraction="0.5")
+    plan = replace(plan_round(store, SPEC, checkpoint), receipts={})
+    task = _part_tasks(store, plan, 1, checkpoint, {}, "cpu")[3]
+    before = Path(store.path(schema.scores_path(1, 3))).stat().st_mtime_ns
+    with pytest.raises(ScoringError, match="was published while this part was scored again"):
+        client.submit(score_part, task, pure=False).result()
+    assert Path(store.path(schema.scores_path(1, 3))).stat().st_mtime_ns == before
+
+
+def test_a_proxy_is_compared_with_its_model_on_the_shards_that_are_there(
+    damaged: Store, client: Client, tmp_path: Path
+) -> None:
+    network = ParameterSharingProxy(toy_models.small_cnn(), width=0.5)
+    weights = SavedWeights(str(tmp_path / "slim.safetensors"), str(tmp_path / "model.pt"))
+    network.save(weights.scorer)
+    torch.save(network.model.state_dict(), str(weights.model))
+    made = make_round(
+        damaged, replace(SPEC, model="toy_models:small_cnn", width=0.5), weights, fraction="0.5", strategy="distance",
+        client=client, max_bad_shards=3,
+    )  # fmt: skip
+    assert made.round.manifest["faithfulness"]["samples"] == 1347
+
+
+def test_the_commands_say_what_was_left_out(damaged: Store, checkpoint: str, client: Client) -> None:
+    options = ["--store", damaged.url, "--max-bad-shards", "3"]
+    model = ["--model", "toy_models:linear", "--transform", "toy_models:gray", "--checkpoint", checkpoint]
+    scored = CliRunner().invoke(score_app, [*options, *model, "--scheduler", client.scheduler.address])
+    assert scored.exit_code == 0, scored.output
+    assert "1,347 scored + 90 failed" in scored.stdout
+    assert "warning: 3 shards were left out:\n  shard 4: " in scored.stdout
+    assert "next: dynams select --max-bad-shards 3" in scored.stdout
+    selected = CliRunner().invoke(select_app, [*options, "--fraction", "0.5", "--json"])
+    assert json.loads(selected.stdout)["status"] == "partial"
+    again = CliRunner().invoke(score_app, [*options, *model, "--json"])
+    assert [bad["shard"] for bad in json.loads(again.stdout)["bad_shards"]] == list(BAD)

@@ -259,7 +259,7 @@ def test_sigterm_lets_the_parts_that_run_finish(digit_store: Store, checkpoint: 
     assert job.returncode == 143, complaint
     assert "stopped by SIGTERM; run the same command again to go on" in complaint
     assert "the parts that run" in complaint
-    assert before < len(written(digit_store)) <= before + 3  # those that ran, and one that ended in between
+    assert before < len(written(digit_store)) <= before + 5  # those that ran, and some that ended in between
     assert not list(Path(digit_store.url).rglob("*.tmp"))
     require_undisturbed_rerun(digit_store, undisturbed, arguments)
 
