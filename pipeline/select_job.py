@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -29,6 +30,8 @@ from pipeline.label_errors import require_cleanlab, score_history, suspected_lab
 from pipeline.lease import store_lease
 from pipeline.pending import FinishedPart, finished_parts, newest_scores
 from pipeline.receipt import bad_shards, name_bad_shards, total_seconds
+
+logger = logging.getLogger(__name__)
 
 MOST_DISAGREEMENT = 0.25
 """Share of contradicted labels in a selection above which is warned."""
@@ -126,6 +129,8 @@ def select_round(
             manifest["excluded"] = {"samples": result.excluded, "judged_by": judged_by}
         manifest["guards"] = asdict(examine_selection(store, dataset, number, scored, result, most_disagreement))
         manifest["faithfulness"] = None if faithfulness is None else asdict(faithfulness)
+        if left_out:
+            logger.warning(f"round {number} is partial: {len(left_out)} shards were left out, first {left_out[0]}")
         return SelectResult(store.publish(number, manifest, still_ours=still_ours or lease), published=True)
 
 

@@ -148,7 +148,7 @@ def test_bad_shards_are_left_out_alone_and_said_to_be(
 
 
 def test_a_partial_round_is_published_only_where_it_may_be_and_loaders_use_it(
-    damaged: Store, undisturbed: pa.Table, checkpoint: str, client: Client
+    damaged: Store, undisturbed: pa.Table, checkpoint: str, client: Client, caplog: pytest.LogCaptureFixture
 ) -> None:
     score_round(damaged, SPEC, checkpoint=checkpoint, client=client, max_bad_shards=3)
     for allowed in (0, 2):
@@ -157,6 +157,7 @@ def test_a_partial_round_is_published_only_where_it_may_be_and_loaders_use_it(
         assert "shard 20:" in str(told.value)
     assert damaged.rounds() == []
     result = select_round(damaged, fraction="1", max_bad_shards=3)
+    assert "round 1 is partial: 3 shards were left out, first 4" in caplog.text
     manifest = result.round.manifest
     assert (manifest["status"], [bad["shard"] for bad in manifest["bad_shards"]]) == ("partial", list(BAD))
     assert manifest["bad_shards"][0]["url"].endswith("train-000004.tar")

@@ -261,6 +261,7 @@ def test_sigterm_lets_the_parts_that_run_finish(digit_store: Store, checkpoint: 
     assert "the parts that run" in complaint
     assert before < len(written(digit_store)) <= before + 5  # those that ran, and some that ended in between
     assert not list(Path(digit_store.url).rglob("*.tmp"))
+    assert json.loads(Path(digit_store.path(schema.lease_path(1))).read_text())["given_back"] is True
     require_undisturbed_rerun(digit_store, undisturbed, arguments)
 
 
