@@ -37,7 +37,7 @@ def checkpoint_digest(url: str) -> str:
         raise CheckpointError(f"{url}: no such checkpoint") from error
 
 
-def load_weights(network: nn.Module, url: str, *, width: float, head: str | None) -> None:
+def load_weights(network: nn.Module, url: str, *, width: float, head: str | None, sha256: str | None = None) -> None:
     """Load a checkpoint into `network`, strictly.
 
     Args:
@@ -45,11 +45,12 @@ def load_weights(network: nn.Module, url: str, *, width: float, head: str | None
         url: a `.safetensors` file, or a `.pt`/`.pth` file that holds a plain state dict.
         width: the scorer's width, compared with the file's metadata.
         head: the scorer's head, compared likewise where both are known.
+        sha256: digest that the file's bytes must have; None for any.
 
     Raises:
-        CheckpointError: when the file cannot be read, or its tensors do not fit.
+        CheckpointError: when the file cannot be read, was replaced, or its tensors do not fit.
     """
-    tensors, metadata = read_checkpoint(url)
+    tensors, metadata = read_checkpoint(url, sha256)
     _compare(url, metadata, width=width, head=head)
     expected = network.state_dict()
     fitting = _strip_prefix(tensors, expected)
@@ -72,16 +73,26 @@ def load_weights(network: nn.Module, url: str, *, width: float, head: str | None
     network.load_state_dict(state)
 
 
-def read_checkpoint(url: str) -> tuple[dict[str, Tensor], Mapping[str, str]]:
+def read_checkpoint(url: str, sha256: str | None = None) -> tuple[dict[str, Tensor], Mapping[str, str]]:
     """The tensors of a checkpoint, and a `.safetensors` file's metadata.
 
+    Args:
+        url: the file; it is read once, so that what is checked is what is used.
+        sha256: digest that its bytes must have; None for any.
+
     Raises:
-        CheckpointError: when it is missing, damaged, or holds more than tensors.
+        CheckpointError: when it is missing, damaged, was replaced, or holds more than tensors.
     """
     try:
         data = storage.read_bytes(url)
     except FileNotFoundError as error:
         raise CheckpointError(f"{url}: no such checkpoint") from error
+    if sha256 is not None and (found := hashlib.sha256(data).hexdigest()) != sha256:
+        raise CheckpointError(
+            f"{url} was replaced while the job ran (its SHA-256 was {sha256[:12]}, now it is {found[:12]}); what was "
+            f"scored with the old bytes is kept apart: run the same command again for a round of the new ones, and "
+            f"give each checkpoint a name of its own"
+        )
     if url.endswith(".safetensors"):
         try:
             header = int.from_bytes(data[:8], "little")

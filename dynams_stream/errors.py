@@ -17,6 +17,7 @@
     │   ├── RoundExistsError         another job published this round first              (exit 3)
     │   ├── StoreBusyError           another job works on it; names it                   (exit 3)
     │   ├── LeaseLostError           another job took over from this one                 (exit 3)
+    │   ├── StoreFullError           no room to write a file: the disk is full, or a quota used up
     │   └── ScoresIncompleteError    score tables are missing for a selection
     ├── ModelError                 a model cannot be built, slimmed or scored with
     │   ├── HeadError                the last linear layer was not found, or does not fit
@@ -119,6 +120,10 @@ class StoreBusyError(StoreError):
 
 class LeaseLostError(StoreError):
     """Another job took the store over while this one gave no sign of itself."""
+
+
+class StoreFullError(StoreError):
+    """A file of the store could not be written: the disk is full, or a quota used up."""
 
 
 class ScoresIncompleteError(StoreError):

@@ -140,19 +140,19 @@ def load_callable(name: str, what: str) -> Callable[..., Any]:
     return found  # type: ignore[no-any-return]
 
 
-def build_network(spec: ScorerSpec, checkpoint: str | None) -> nn.Module:
+def build_network(spec: ScorerSpec, checkpoint: str | None, sha256: str | None = None) -> nn.Module:
     """The network that scores: the factory's model, slimmed to `spec.width`, with the checkpoint's weights.
 
     Raises:
         ModelError: when the factory does not return a module.
-        CheckpointError: when the weights do not fit.
+        CheckpointError: when the weights do not fit, or are not those of digest `sha256`.
     """
     model = load_callable(spec.model, "--model")(**spec.model_args)
     if not isinstance(model, nn.Module):
         raise ModelError(f"--model {spec.model!r} returned a {type(model).__name__}, not an nn.Module")
     network = model if spec.width == 1 else slim_architecture(model, spec.width, spec.head)
     if checkpoint is not None:
-        load_weights(network, checkpoint, width=spec.width, head=spec.head)
+        load_weights(network, checkpoint, width=spec.width, head=spec.head, sha256=sha256)
     return network.eval().requires_grad_(False)
 
 
@@ -163,14 +163,15 @@ class Scorer:
         spec: a resolved spec (`input`, `label` and `precision` settled).
         checkpoint: the weights, or None to score with the factory's own.
         device: "cpu", "cuda:0", …
+        sha256: digest that the checkpoint must have; None for any.
 
     `prepare` and `stack` run in several threads at once; `score` lets them in one by one.
     """
 
-    def __init__(self, spec: ScorerSpec, checkpoint: str | None, device: str = "cpu"):
+    def __init__(self, spec: ScorerSpec, checkpoint: str | None, device: str = "cpu", sha256: str | None = None):
         self.spec = spec
         self.device = torch.device(device)
-        self.network = build_network(spec, checkpoint)
+        self.network = build_network(spec, checkpoint, sha256)
         fuse_convolutions(self.network)
         self.transform = None if spec.transform is None else load_callable(spec.transform, "--transform")
         self.inputs = tuple((spec.input or "").split(";"))

@@ -36,12 +36,14 @@ from dynams_stream.errors import (
     ShardMissingError,
     ShardUnreadableError,
     StoreError,
+    StoreFullError,
     UsageError,
 )
 
 HEADER_BYTES = 512
 _SCHEME = re.compile(r"^([a-zA-Z][a-zA-Z0-9+.-]*)://")
 _CONDITIONAL = frozenset({"s3", "s3a", "gs", "gcs", "memory"})
+_NO_ROOM = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
 _EXTRAS = {
     **dict.fromkeys(("s3", "s3a"), "s3"),
     **dict.fromkeys(("gs", "gcs"), "gcs"),
@@ -317,14 +319,39 @@ def atomic_writer(url: str, *, durable: bool = True) -> Iterator[BinaryIO]:
     Local: written beside its place, fsynced, renamed. Object store: written to a temporary file of this machine, then
     one PUT (or one multipart upload completed last). Several may be open at a time, in any number of threads. A local
     file that is not `durable` is not waited for: after a power cut it may be empty.
+
+    Raises:
+        StoreFullError: there is no room for it.
     """
-    if not is_local(url):
-        # not fsspec's transactions: all threads share one, which commits whatever any of them has open
-        with tempfile.NamedTemporaryFile(prefix="dynams-") as remote:
-            yield cast(BinaryIO, remote)
-            remote.flush()
-            file_system(url).put_file(remote.name, url)
-        return
+    with _room_for(url), _local_writer(url, durable) if is_local(url) else _remote_writer(url) as file:
+        yield file
+
+
+@contextmanager
+def _room_for(url: str) -> Iterator[None]:
+    """Of a disk that is full, or a quota that is used up, say which file found it so."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in _NO_ROOM:
+            raise
+        raise StoreFullError(
+            f"{url}: no room to write it ({os.strerror(error.errno)}); free some space or raise the quota, then run "
+            f"the same command again: what is done is kept"
+        ) from error
+
+
+@contextmanager
+def _remote_writer(url: str) -> Iterator[BinaryIO]:
+    # not fsspec's transactions: all threads share one, which commits whatever any of them has open
+    with tempfile.NamedTemporaryFile(prefix="dynams-") as remote:
+        yield cast(BinaryIO, remote)
+        remote.flush()
+        file_system(url).put_file(remote.name, url)
+
+
+@contextmanager
+def _local_writer(url: str, durable: bool) -> Iterator[BinaryIO]:
     temporary = _temporary_name(url)
     try:
         with open(temporary, "xb") as file:
@@ -357,10 +384,16 @@ def create(url: str, data: bytes) -> None:
 
     Raises:
         FileExistsError: when there is one already; it is left as it was.
+        StoreFullError: there is no room for it.
     """
-    if not is_local(url):
-        _create_remote(url, data)
-        return
+    with _room_for(url):
+        if is_local(url):
+            _create_local(url, data)
+        else:
+            _create_remote(url, data)
+
+
+def _create_local(url: str, data: bytes) -> None:
     temporary = _temporary_name(url)
     try:
         with open(temporary, "xb") as file:

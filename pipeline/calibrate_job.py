@@ -72,8 +72,8 @@ def calibrate(
     store: Store, rows: list[PartRows], spec: ScorerSpec, checkpoint: str, sha256: str, device: str, url: str
 ) -> bool:
     """Write the copy, and tell whether there was anything to compute. Runs on a worker."""
-    scorer = worker_scorer(spec, checkpoint, sha256, device)  # checks the digest; decodes
-    network = build_network(spec, checkpoint).to(worker_device(device))
+    scorer = worker_scorer(spec, checkpoint, sha256, device)  # decodes
+    network = build_network(spec, checkpoint, sha256).to(worker_device(device))
     if not has_running_statistics(network):
         return False
     decode = Decoder(scorer, Clock())
@@ -84,7 +84,7 @@ def calibrate(
         for tensor in stacked.unbind()
     )
     recompute_statistics(network, _batches(inputs, spec.batch_size, worker_device(device)))
-    metadata = read_checkpoint(checkpoint)[1]
+    metadata = read_checkpoint(checkpoint, sha256)[1]
     storage.write_bytes(url, weights_bytes(network, metadata))
     return True
 

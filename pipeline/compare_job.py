@@ -6,7 +6,7 @@ shards ──the same rows──► the model's scores                  ─┴�
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -24,7 +24,7 @@ from dynams_stream.scorer import ScorerSpec
 from dynams_stream.store import Store
 from dynams_stream.strategy import Strategy
 from pipeline.batch_scores import scored_batches
-from pipeline.part_reader import Decoder, ShardRows
+from pipeline.part_reader import Decoder, ShardRows, open_indexed
 from pipeline.receipt import Clock
 from pipeline.score_job import ScoredRound
 from pipeline.score_part import worker_scorer
@@ -75,7 +75,7 @@ def compare_with_model(
         ScoringError: when the model cannot score; what the proxy scored is kept.
     """
     dataset = store.dataset()
-    chosen = sample_rows(dataset, samples)
+    chosen = _without(dataset, sample_rows(dataset, samples), {bad.shard for bad in scored.bad_shards})
     spec, digest = replace(scored.spec, width=1.0), checkpoint_digest(checkpoint)
     task = client.submit(score_rows, store, chosen, spec, checkpoint, digest, device, pure=False)
     proxy = _read_scores(store, scored.number, chosen)
@@ -89,6 +89,18 @@ def compare_with_model(
             f"workers memory for it, or leave the comparison out with check_samples=0"
         ) from error
     return compare_scorers(proxy, model, strategy=strategy, fraction=fraction)
+
+
+def _without(dataset: Dataset, chosen: list[PartRows], shards: Collection[int]) -> list[PartRows]:
+    """The rows that are not of some shards."""
+    found = []
+    for some in chosen:
+        first = some.part.first_shard
+        ends = np.cumsum(dataset.counts[first : first + some.part.shards])
+        left_out = np.isin(first + np.searchsorted(ends, some.rows, side="right"), list(shards))
+        if not left_out.all():
+            found.append(replace(some, rows=some.rows[~left_out]))
+    return found
 
 
 def sample_rows(dataset: Dataset, samples: int, seed: int = 0) -> list[PartRows]:
@@ -129,9 +141,10 @@ def row_batches(store: Store, chosen: list[PartRows], batch_size: int) -> Iterat
         shards = np.searchsorted(starts, some.rows, side="right") - 1
         for position in np.unique(shards).tolist():
             shard = some.part.first_shard + position
-            reader = store.open_shard(some.urls[position], some.fingerprints[position])
+            url = some.urls[position]
+            reader = open_indexed(store, url, some.fingerprints[position])
             for row in (some.rows[shards == position] - starts[position]).tolist():
-                pieces.append(ShardRows(shard, reader, indexes[shard], row, row + 1))
+                pieces.append(ShardRows(shard, url, reader, indexes[shard], row, row + 1))
                 if len(pieces) == batch_size:
                     yield pieces
                     pieces = []

@@ -22,20 +22,24 @@ LOOK_SECONDS = 2.0
 """How often workers are counted while no task ends."""
 
 
-def in_flight(client: Client, tasks: Iterator[Task], submit: Callable[[Task], Future]) -> Iterator[tuple[Task, Future]]:
+def in_flight(
+    client: Client, tasks: Iterator[Task], submit: Callable[[Task], Future], *, most: int | None = None
+) -> Iterator[tuple[Task, Future]]:
     """Every task with its future, as soon as that is finished, failed or cancelled.
 
     Args:
         client: of the cluster.
         tasks: what is to be done, taken as workers become free.
         submit: gives a task to the cluster.
+        most: no more than so many at once.
 
     Raises:
         ScoringError: the cluster has no workers any more.
     """
     running: dict[Future, Task] = {}
     while True:
-        free = worker_threads(client) - len(running)  # less than 0 where workers went: their tasks wait
+        threads = worker_threads(client)
+        free = (threads if most is None else min(threads, most)) - len(running)  # below 0 where workers went
         running |= {submit(task): task for task in islice(tasks, max(0, free))}
         if not running:
             return

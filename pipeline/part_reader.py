@@ -6,15 +6,18 @@ shards of the part ──batches of consecutive rows──► long range reads �
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from dynams_stream import storage
 from dynams_stream.dataset import Part
-from dynams_stream.errors import SampleError, UsageError
+from dynams_stream.errors import DynamsError, SampleError, ShardError, ShardUnreadableError, UsageError
 from dynams_stream.index import ShardIndex, read_part_index
+from dynams_stream.ordered_map import ordered_thread_map
 from dynams_stream.scorer import Scorer
 from dynams_stream.store import Store
 from pipeline.receipt import Clock
@@ -26,34 +29,58 @@ READ_BYTES = 8 << 20
 
 @dataclass(frozen=True, eq=False)
 class ShardRows:
-    """Consecutive rows of one shard."""
+    """Consecutive rows of one shard.
+
+    Attributes:
+        shard: its number.
+        url: as it was indexed.
+        reader: of its bytes; None for a bad shard.
+        index: of its members.
+        first, stop: the rows.
+        reason: why the shard is not read.
+    """
 
     shard: int
-    reader: storage.Reader
+    url: str
+    reader: storage.Reader | None
     index: ShardIndex
     first: int
     stop: int
+    reason: str = ""
 
 
 def part_batches(
-    store: Store, part: Part, urls: Sequence[str], fingerprints: Sequence[str], batch_size: int
+    store: Store,
+    part: Part,
+    urls: Sequence[str],
+    fingerprints: Sequence[str],
+    batch_size: int,
+    bad_shards: Mapping[int, str] | None = None,
 ) -> Iterator[list[ShardRows]]:
     """The part's samples in runs of `batch_size`, across its shards; batches never cross parts.
 
+    Args:
+        store, part: where and which.
+        urls, fingerprints: of each of its shards.
+        batch_size: samples of a run.
+        bad_shards: by number why a shard is not read; its samples come without a reader.
+
     Raises:
-        ShardMissingError, ShardChangedError: when a shard is gone, or not the one that was indexed.
+        ShardError: when a shard is gone, cannot be read, or is not the one that was indexed; its `shard` is the URL
+            that was indexed.
     """
+    bad = bad_shards or {}
     indexes = read_part_index(store.path(part.index_file))
     pieces: list[ShardRows] = []
     space = batch_size
     for position, (url, recorded) in enumerate(zip(urls, fingerprints, strict=True)):
         shard = part.first_shard + position
         index = indexes[shard]
-        reader = store.open_shard(url, recorded)
+        reader = None if shard in bad else open_indexed(store, url, recorded)
         first = 0
         while first < len(index):
             stop = min(len(index), first + space)
-            pieces.append(ShardRows(shard, reader, index, first, stop))
+            pieces.append(ShardRows(shard, url, reader, index, first, stop, bad.get(shard, "")))
             space -= stop - first
             first = stop
             if space == 0:
@@ -61,6 +88,46 @@ def part_batches(
                 pieces, space = [], batch_size
     if pieces:
         yield pieces
+
+
+def open_indexed(store: Store, url: str, fingerprint: str) -> storage.Reader:
+    """As `Store.open_shard`; whatever keeps the shard from being read is a ShardError that has its URL."""
+    with _named(url):
+        return store.open_shard(url, fingerprint)
+
+
+def require_unchanged(
+    store: Store, urls: Sequence[str], fingerprints: Sequence[str], bad: Sequence[bool], threads: int
+) -> None:
+    """Make sure that what was read from shards is what was indexed: they might have been written over meanwhile.
+
+    Raises:
+        ShardError: as for `part_batches`.
+    """
+    there = [pair for pair, is_bad in zip(zip(urls, fingerprints, strict=True), bad, strict=True) if not is_bad]
+    for reader in ordered_thread_map(threads)(partial(_open_pair, store), there):
+        reader.close()
+
+
+def _open_pair(store: Store, pair: tuple[str, str]) -> storage.Reader:
+    return open_indexed(store, *pair)
+
+
+@contextmanager
+def _named(url: str) -> Iterator[None]:
+    """Give errors of reading a shard its URL as it was indexed."""
+    try:
+        yield
+    except ShardError as error:
+        error.shard = url
+        raise
+    except DynamsError:
+        raise
+    except Exception as error:
+        raise ShardUnreadableError(
+            f"{url}: cannot be read ({type(error).__name__}: {error}); see that its store answers and lets you read it",
+            shard=url,
+        ) from error
 
 
 class Decoder:
@@ -73,6 +140,9 @@ class Decoder:
     def __call__(self, pieces: list[ShardRows]) -> Batch:
         batch, inputs = Batch(), []
         for piece in pieces:
+            if piece.reader is None:
+                inputs += _leave_out(batch, piece)
+                continue
             with self._clock.timed("read"):
                 samples = list(_read_rows(piece, self._scorer.extensions))
             with self._clock.timed("decode"):
@@ -117,12 +187,24 @@ class Decoder:
         return tensor
 
 
+def _leave_out(batch: Batch, piece: ShardRows) -> list[None]:
+    """Add the lines of samples that are not read."""
+    count = piece.stop - piece.first
+    batch.shards += [piece.shard] * count
+    batch.rows += range(piece.first, piece.stop)
+    batch.keys += piece.index.keys[piece.first : piece.stop].to_pylist()
+    batch.labels += [-1] * count
+    batch.errors += [f"its shard was left out: {piece.reason}"] * count
+    return [None] * count
+
+
 def _read_rows(piece: ShardRows, extensions: frozenset[str]) -> Iterator[tuple[int, dict[str, bytes]]]:
     """(row, members) of consecutive rows, read in long sequential ranges."""
     row = piece.first
     while row < piece.stop:
         start, stop, end = _block(piece.index, row, piece.stop)
-        data = piece.reader.pread(start, end - start) if end > start else b""
+        with _named(piece.url):
+            data = piece.reader.pread(start, end - start) if end > start else b""
         for current in range(row, stop):
             yield (
                 current,

@@ -40,10 +40,9 @@ def _read_footer(url: str) -> FinishedPart | None:
     try:
         with storage.open_random(url) as file:
             metadata = pq.read_metadata(file).metadata or {}
-        receipt = json.loads(metadata[schema.RECEIPT_KEY])
         return FinishedPart(
             identity=json.loads(metadata[schema.IDENTITY_KEY]),
-            receipt=Receipt(**{**receipt, "errors": tuple(receipt["errors"])}),
+            receipt=Receipt.from_json(metadata[schema.RECEIPT_KEY]),
         )
     except (pa.ArrowInvalid, KeyError, ValueError, TypeError):
         return None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import threading
 import time
 from collections.abc import Iterable, Mapping
@@ -13,6 +14,21 @@ STEPS = ("read", "decode", "forward", "write")
 
 
 @dataclass(frozen=True)
+class BadShard:
+    """A shard that was left out of a round, since it could not be read twice.
+
+    Attributes:
+        shard: its number in the dataset.
+        url: as it was indexed.
+        reason: why it could not be read.
+    """
+
+    shard: int
+    url: str
+    reason: str
+
+
+@dataclass(frozen=True)
 class Receipt:
     """What one scored part reports; it is kept in the table's metadata.
 
@@ -20,9 +36,11 @@ class Receipt:
         part: number of the part.
         samples: lines written, one per sample.
         failed: lines without scores.
+        unread: how many of them belong to bad shards: nobody has looked at these samples.
         labelled: lines with a label.
         seconds: read, decode, forward, write (thread seconds, so their sum can exceed the wall time).
-        errors: the first failed samples, each with shard, row, key and reason.
+        errors: the first failed samples, each with shard, row, key and reason; none of bad shards.
+        bad_shards: those of the part that could not be read.
         provenance: what is recorded but does not decide the scores: checkpoint's path, epoch, start.
     """
 
@@ -33,6 +51,29 @@ class Receipt:
     seconds: Mapping[str, float]
     errors: tuple[str, ...] = ()
     provenance: Mapping[str, Any] = field(default_factory=dict)
+    unread: int = 0
+    bad_shards: tuple[BadShard, ...] = ()
+
+    @classmethod
+    def from_json(cls, text: str | bytes) -> Receipt:
+        """The receipt that a score table's metadata holds.
+
+        Raises:
+            ValueError, KeyError, TypeError: it is none.
+        """
+        found = json.loads(text)
+        bad_shards = tuple(BadShard(**shard) for shard in found.pop("bad_shards", ()))
+        return cls(**{**found, "errors": tuple(found["errors"]), "bad_shards": bad_shards})
+
+
+def bad_shards(receipts: Iterable[Receipt]) -> tuple[BadShard, ...]:
+    """The shards that some parts were scored without, in their order."""
+    return tuple(sorted((shard for receipt in receipts for shard in receipt.bad_shards), key=lambda bad: bad.shard))
+
+
+def name_bad_shards(shards: Iterable[BadShard]) -> str:
+    """The first bad shards and why they are, a line each."""
+    return "".join(f"\n  shard {bad.shard}: {bad.reason}" for bad in list(shards)[:50])
 
 
 def total_seconds(receipts: Iterable[Receipt]) -> dict[str, float]:

@@ -49,6 +49,7 @@ def run_round(
     workers: int | None = None,
     device: str = "cpu",
     max_errors: int | None = None,
+    max_bad_shards: int = 0,
     progress: Progress | None = None,
     deadline: float = 6 * 3600,
     class_balance: bool = False,
@@ -73,7 +74,8 @@ def run_round(
         epoch: recorded with the round.
         client: a Dask client; without one a local cluster sized to the machine is started.
         scheduler, workers, device: see `pipeline.cluster.dask_client`.
-        max_errors: failed samples that are too many; by default 1 % of the dataset, at least 10.
+        max_errors: failed samples that are accepted; by default 1 % of the dataset, at least 10.
+        max_bad_shards: shards that cannot be read and may be left out; the round is published as partial then.
         progress: called after every part.
         deadline: under `torch.distributed`, seconds the other ranks wait for rank 0.
         class_balance, min_per_class, exclude_noisy, most_disagreement: what becomes of classes and of suspected label
@@ -106,7 +108,8 @@ def run_round(
             saved = save_for_workers(store, scorer, weights, epoch, with_model=check_samples > 0)
         return make_round(
             store, scorer, saved, fraction=fraction, strategy=strategy, epoch=epoch, client=client,
-            scheduler=scheduler, workers=workers, device=device, max_errors=max_errors, progress=progress,
+            scheduler=scheduler, workers=workers, device=device, max_errors=max_errors,
+            max_bad_shards=max_bad_shards, progress=progress,
             calibration_samples=calibration_samples, check_samples=check_samples, least_overlap=least_overlap,
             fallback=fallback, guards=guards, on_busy=on_busy,
         ).round  # fmt: skip
@@ -151,6 +154,7 @@ def make_round(
     fallback: str | None = None,
     guards: Mapping[str, Any] | None = None,
     as_newest: bool = True,
+    max_bad_shards: int = 0,
     on_busy: OnBusy = "fail",
     **job: Any,
 ) -> SelectResult:
@@ -158,11 +162,13 @@ def make_round(
 
     `guards` and `as_newest` are `select_round`'s, further arguments `score_round`'s.
     """
-    job |= {"epoch": epoch, "scheduler": scheduler, "workers": workers, "device": device}
+    job |= {
+        "epoch": epoch, "scheduler": scheduler, "workers": workers, "device": device, "max_bad_shards": max_bad_shards,
+    }  # fmt: skip
     with store_lease(store, "round", on_busy=on_busy) as lease:
         select = partial(
             select_round, store, fraction=fraction, strategy=strategy, workers=workers, as_newest=as_newest,
-            still_ours=lease.require, **(guards or {}),
+            still_ours=lease.require, max_bad_shards=max_bad_shards, **(guards or {}),
         )  # fmt: skip
         if weights is None:
             return select()

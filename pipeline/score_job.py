@@ -4,28 +4,26 @@ from __future__ import annotations
 
 import json
 import time
-import uuid
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from typing import Any
 
 from distributed import Client
-from distributed.scheduler import KilledWorker
 
 from dynams_stream.checkpoint import checkpoint_digest, checkpoint_epoch
 from dynams_stream.dataset import Dataset
-from dynams_stream.errors import DynamsError, ScoringError, ShardError
+from dynams_stream.errors import ScoringError
 from dynams_stream.index import read_shard_index
 from dynams_stream.scorer import ScorerSpec
 from dynams_stream.store import Store
 from pipeline.cluster import dask_client
 from pipeline.cores import available_cores
-from pipeline.in_flight import in_flight
 from pipeline.lease import OnBusy, store_lease
+from pipeline.part_runs import PartRuns
 from pipeline.pending import finished_parts, scored_round
-from pipeline.receipt import Receipt, total_seconds
-from pipeline.score_part import PartTask, score_part
+from pipeline.receipt import BadShard, Receipt, bad_shards, total_seconds
+from pipeline.score_part import PartTask
 
 Progress = Callable[["ScoreProgress"], None]
 
@@ -98,6 +96,7 @@ class ScoredRound:
         seconds: read, decode, forward, write of this run, thread seconds.
         wall_seconds: how long this run took.
         errors: the first failed samples.
+        bad_shards: those that could not be read; their samples are among the failed ones.
     """
 
     number: int
@@ -109,6 +108,7 @@ class ScoredRound:
     seconds: Mapping[str, float]
     wall_seconds: float
     errors: tuple[str, ...]
+    bad_shards: tuple[BadShard, ...] = ()
 
 
 def score_round(
@@ -122,28 +122,33 @@ def score_round(
     workers: int | None = None,
     device: str = "cpu",
     max_errors: int | None = None,
+    max_bad_shards: int = 0,
     progress: Progress | None = None,
     on_busy: OnBusy = "fail",
 ) -> ScoredRound:
     """Write the score tables of one round: only those that are missing.
 
     The identity (dataset, scorer, checkpoint's SHA-256) decides: tables of the same identity are continued or found
-    complete, another identity opens the next round. Arguments as for `run_round`.
+    complete, another identity opens the next round. Shards that were left out are tried again until their round is
+    published; one that was published with more of them than `max_bad_shards` gets a successor of the same identity.
+    Arguments as for `run_round`.
 
     Raises:
         StoreBusyError: another job works on the store.
         ScoringError: when parts failed, or too many samples did; finished parts are kept.
+        CheckpointError: the checkpoint was replaced while the job ran.
     """
     began = time.perf_counter()
     with store_lease(store, "score", on_busy=on_busy):
-        plan = plan_round(store, scorer, checkpoint, device)
+        plan = plan_round(store, scorer, checkpoint, device, max_bad_shards)
         dataset, spec = plan.dataset, plan.spec
         number = plan.number if plan.number is not None else store.claim_round(plan.identity)
         limit = max_errors if max_errors is not None else max(10, dataset.samples // 100)
-        if sum(receipt.failed for receipt in plan.receipts.values()) > limit and not _is_published(store, number):
+        if _failed_samples(plan.receipts) > limit and not _is_published(store, number):
             # What failed may have been mended (a transform, a file): those parts are scored again, the others kept.
             # Not in a published round, which never changes: there the failures are reported below.
-            plan = replace(plan, receipts={part: done for part, done in plan.receipts.items() if not done.failed})
+            kept = {part: done for part, done in plan.receipts.items() if done.failed == done.unread}
+            plan = replace(plan, receipts=kept)
         receipts, resumed = dict(plan.receipts), plan.receipts
         provenance = {
             "checkpoint": checkpoint,
@@ -153,8 +158,11 @@ def score_round(
         pending = _part_tasks(store, plan, number, checkpoint, provenance, device)
         if pending:
             local_workers = workers if workers is not None or device != "cpu" else min(available_cores(), len(pending))
-            with dask_client(client, scheduler=scheduler, workers=local_workers, device=device) as connected:
-                for receipt in _run_parts(connected, pending):
+            with (
+                dask_client(client, scheduler=scheduler, workers=local_workers, device=device) as connected,
+                PartRuns(connected, pending, max_bad_shards=max_bad_shards) as runs,
+            ):
+                for receipt in runs:
                     receipts[receipt.part] = receipt
                     if progress is not None:
                         progress(_progress(dataset, receipts, resumed))
@@ -173,6 +181,7 @@ def score_round(
         seconds=total_seconds(fresh),
         wall_seconds=time.perf_counter() - began,
         errors=_first_errors(receipts),
+        bad_shards=bad_shards(receipts.values()),
     )
 
 
@@ -181,7 +190,9 @@ def _is_published(store: Store, number: int) -> bool:
     return any(number in (published.number, published.manifest["scores_of"]) for published in store.rounds())
 
 
-def plan_round(store: Store, scorer: ScorerSpec, checkpoint: str, device: str = "cpu") -> ScorePlan:
+def plan_round(
+    store: Store, scorer: ScorerSpec, checkpoint: str, device: str = "cpu", max_bad_shards: int = 0
+) -> ScorePlan:
     """What `score_round` would do; writes nothing."""
     dataset = store.dataset()
     spec = scorer.resolved(first_extensions(store, dataset), device)
@@ -190,6 +201,11 @@ def plan_round(store: Store, scorer: ScorerSpec, checkpoint: str, device: str = 
     number = scored_round(store, identity)
     done = {} if number is None else finished_parts(store, number)
     receipts = {part: found.receipt for part, found in done.items() if found.identity == identity}
+    bad = len(bad_shards(receipts.values()))
+    if number is not None and bad and not _is_published(store, number):
+        receipts = {part: receipt for part, receipt in receipts.items() if not receipt.bad_shards}
+    elif bad > max_bad_shards:
+        number, receipts = None, {}  # a published round never changes
     return ScorePlan(dataset, spec, sha256, identity, number, receipts)
 
 
@@ -240,56 +256,11 @@ def _part_tasks(
     ]
 
 
-# ---- running parts ---------------------------------------------------------------------------------------------------
-
-
-def _run_parts(client: Client, pending: list[PartTask]) -> Iterator[Receipt]:
-    """Receipts as parts finish, with as many parts in flight as the cluster runs at once.
-
-    A shard that cannot be read fails its part alone: the others are finished first. A part whose worker died is run
-    once more, alone, before it is given up: Dask blames every task that the worker held.
-    """
-    waiting = iter(pending)
-    failed: list[str] = []
-    died: list[PartTask] = []
-    attempt = uuid.uuid4().hex[:8]
-
-    def submit(task: PartTask, lane: str = "") -> Any:
-        key = f"score-{task.number:06d}-{task.part.number:06d}-{attempt}{lane}"
-        return client.submit(score_part, task, key=key, pure=False)
-
-    for task, future in in_flight(client, waiting, submit):
-        error = future.exception()
-        if error is None:
-            yield future.result()
-        elif isinstance(error, KilledWorker):
-            died.append(task)
-        elif isinstance(error, ShardError):
-            failed.append(f"part {task.part.number}: {error}")
-        else:
-            raise _as_dynams_error(task, error)
-    for task in died:
-        error = (future := submit(task, "-alone")).exception()
-        if error is None:
-            yield future.result()
-        else:
-            failed.append(f"part {task.part.number}: its worker died twice ({error})")
-    if failed:
-        shown = "\n  ".join(failed[:50])
-        raise ScoringError(
-            f"{len(failed)} of {len(pending)} parts could not be scored:\n  {shown}\n"
-            f"the others are done and kept; mend these and run the same command again"
-        )
-
-
-def _as_dynams_error(task: PartTask, error: BaseException) -> DynamsError:
-    if isinstance(error, DynamsError):
-        return error
-    return ScoringError(f"part {task.part.number} failed: {type(error).__name__}: {error}")
+# ---- checks ----------------------------------------------------------------------------------------------------------
 
 
 def _check_failures(store: Store, receipts: Mapping[int, Receipt], limit: int) -> None:
-    failed = sum(receipt.failed for receipt in receipts.values())
+    failed = _failed_samples(receipts)
     samples = sum(receipt.samples for receipt in receipts.values())
     if failed > limit:
         shown = "\n  ".join(_first_errors(receipts))
@@ -298,11 +269,17 @@ def _check_failures(store: Store, receipts: Mapping[int, Receipt], limit: int) -
         )
 
 
+def _failed_samples(receipts: Mapping[int, Receipt]) -> int:
+    """Samples that were looked at and have no scores."""
+    return sum(receipt.failed - receipt.unread for receipt in receipts.values())
+
+
 def _check_content(store: Store, spec: ScorerSpec, receipts: Mapping[int, Receipt]) -> None:
     """Refuse a job that had no error in any sample's eyes and is yet of no use."""
     samples = sum(receipt.samples for receipt in receipts.values())
     if samples and samples == sum(receipt.failed for receipt in receipts.values()):
-        shown = "\n  ".join(_first_errors(receipts))
+        reasons = _first_errors(receipts) + tuple(bad.reason for bad in bad_shards(receipts.values())[:20])
+        shown = "\n  ".join(reasons)
         raise ScoringError(f"{store.url}: every one of {samples} samples failed:\n  {shown}")
     if samples and spec.label and not any(receipt.labelled for receipt in receipts.values()):
         raise ScoringError(

@@ -8,24 +8,23 @@ from __future__ import annotations
 import json
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
-from functools import lru_cache, partial
+from functools import partial
 from typing import Any
 
 import torch
 
 from dynams_stream import schema, storage
-from dynams_stream.checkpoint import checkpoint_digest
 from dynams_stream.dataset import Part
-from dynams_stream.errors import CheckpointError, ScoringError
+from dynams_stream.errors import DynamsError, ScoringError, ShardError
 from dynams_stream.ordered_map import ordered_thread_map
 from dynams_stream.scorer import Scorer, ScorerSpec
 from dynams_stream.store import Store
 from pipeline.batch_scores import scored_batches
-from pipeline.part_reader import Decoder, part_batches
-from pipeline.receipt import Clock, Receipt
-from pipeline.score_table import ScoreTable
+from pipeline.part_reader import Decoder, part_batches, require_unchanged
+from pipeline.receipt import BadShard, Clock, Receipt
+from pipeline.score_table import Batch, ScoreTable
 from pipeline.worker_hardware import worker_cores, worker_device
 
 
@@ -45,6 +44,7 @@ class PartTask:
         identity: what the table says it was made from, as JSON.
         provenance: what it records besides.
         device: "cpu" or "cuda".
+        bad_shards: shards of the part to leave out; their samples get lines without scores.
     """
 
     store: Store
@@ -58,25 +58,46 @@ class PartTask:
     identity: str
     provenance: Mapping[str, Any]
     device: str
+    bad_shards: tuple[BadShard, ...] = ()
 
 
 def score_part(task: PartTask) -> Receipt:
     """Score one part and write its table.
 
     Raises:
-        ShardError: when a shard is missing or not the one that was indexed.
+        ShardError: when a shard is missing or not the one that was indexed; its `shard` is the URL that was indexed.
         ModelError: when the network cannot be built or run.
+        CheckpointError: when the checkpoint was replaced.
         ScoringError: when lines and samples do not add up.
+        StoreFullError: when there is no room for the table.
     """
     scorer = worker_scorer(task.spec, task.checkpoint, task.checkpoint_sha256, task.device)
-    clock, table = Clock(), ScoreTable()
-    batches = part_batches(task.store, task.part, task.urls, task.fingerprints, task.spec.batch_size)
+    clock, table = Clock(), ScoreTable(bad_shards=[bad.shard for bad in task.bad_shards])
+    try:
+        for batch, columns in scored_batches(scorer, _decoded(task, scorer, clock), clock):
+            table.add(batch, columns)
+    except ShardError:
+        raise
+    except DynamsError:
+        _require_unchanged(task)  # what looks like bad samples may be a shard that is being written over
+        raise
+    _require_unchanged(task)
+    return _write(task, table, clock)
+
+
+def _decoded(task: PartTask, scorer: Scorer, clock: Clock) -> Iterable[Batch]:
+    reasons = {bad.shard: bad.reason for bad in task.bad_shards}
+    batches = part_batches(task.store, task.part, task.urls, task.fingerprints, task.spec.batch_size, reasons)
     # torch's own threads, which a thread sets for itself, are for the forward pass: transforms run in several already
     decode = ordered_thread_map(_decode_threads(), initializer=partial(torch.set_num_threads, 1))
-    decoded = decode(Decoder(scorer, clock), batches)
-    for batch, columns in scored_batches(scorer, decoded, clock):
-        table.add(batch, columns)
-    return _write(task, table, clock)
+    return decode(Decoder(scorer, clock), batches)
+
+
+def _require_unchanged(task: PartTask) -> None:
+    left_out = {bad.url for bad in task.bad_shards}
+    require_unchanged(
+        task.store, task.urls, task.fingerprints, [url in left_out for url in task.urls], threads=_decode_threads()
+    )
 
 
 def _write(task: PartTask, table: ScoreTable, clock: Clock) -> Receipt:
@@ -96,10 +117,17 @@ def _write(task: PartTask, table: ScoreTable, clock: Clock) -> Receipt:
             seconds=dict(clock.seconds),
             errors=tuple(table.errors),
             provenance=task.provenance,
+            unread=table.unread,
+            bad_shards=task.bad_shards,
         )
 
     data, made = table.parquet(task.identity, receipt)
-    storage.write_bytes(task.store.path(schema.scores_path(task.number, task.part.number)), data)
+    url = task.store.path(schema.scores_path(task.number, task.part.number))
+    if task.store.is_published(task.number) and storage.exists(url):
+        raise ScoringError(
+            f"{url}: round {task.number} was published while this part was scored again; its table stays as it is"
+        )
+    storage.write_bytes(url, data)
     return made
 
 
@@ -108,37 +136,24 @@ def _decode_threads() -> int:
 
 
 _building = threading.Lock()
+_LOADED: dict[tuple[str | None, ...], tuple[str, Scorer]] = {}
+"""The newest scorer of this process, by what it was made from: the version of its checkpoint's file, and itself."""
 
 
 def worker_scorer(spec: ScorerSpec, checkpoint: str | None, sha256: str | None, device: str) -> Scorer:
     """The scorer of this worker process, built once per checkpoint, with as many threads as the worker has cores.
 
     Raises:
-        CheckpointError: when the checkpoint is not the one of that digest.
+        CheckpointError: when the checkpoint is not, or no longer, the one of that digest. One that was removed goes on
+            being used by a worker that has it in memory.
     """
     torch.set_num_threads(worker_cores())
+    made_from = json.dumps(asdict(spec), sort_keys=True), checkpoint, sha256, worker_device(device)
     with _building:
-        return _cached_scorer(_Hashable(spec), checkpoint, sha256, worker_device(device))
-
-
-class _Hashable:
-    """A spec as a cache key: it holds a mapping, which cannot be hashed itself."""
-
-    def __init__(self, spec: ScorerSpec):
-        self.spec = spec
-        self._text = json.dumps(asdict(spec), sort_keys=True)
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, _Hashable) and self._text == other._text
-
-    def __hash__(self) -> int:
-        return hash(self._text)
-
-
-@lru_cache(maxsize=1)
-def _cached_scorer(spec: _Hashable, checkpoint: str | None, sha256: str | None, device: str) -> Scorer:
-    if checkpoint is not None and checkpoint_digest(checkpoint) != sha256:
-        raise CheckpointError(
-            f"{checkpoint} was replaced while the job ran; keep checkpoints immutable, or start again"
-        )
-    return Scorer(spec.spec, checkpoint, device)
+        version = "" if checkpoint is None else storage.version(checkpoint)
+        there, scorer = _LOADED.get(made_from, ("", None))
+        if scorer is None or version not in ("", there):
+            _LOADED.clear()  # two models may be too much for a GPU
+            scorer = Scorer(spec, checkpoint, made_from[-1], sha256)
+            _LOADED[made_from] = version, scorer
+        return scorer

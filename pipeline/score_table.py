@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from itertools import pairwise
 
@@ -40,13 +40,19 @@ class Batch:
 
 
 class ScoreTable:
-    """The lines of one part, appended batch by batch in (shard, row) order."""
+    """The lines of one part, appended batch by batch in (shard, row) order.
 
-    def __init__(self) -> None:
+    Args:
+        bad_shards: numbers of the shards whose samples nobody can look at; they are counted, and not named one by one.
+    """
+
+    def __init__(self, bad_shards: Collection[int] = ()) -> None:
         self._tables: list[pa.Table] = []
+        self._bad_shards = list(bad_shards)
         self.lines = 0
         self.errors: list[str] = []
         self.failed = 0
+        self.unread = 0
         self.labelled = 0
 
     def add(self, batch: Batch, scores: Mapping[str, np.ndarray]) -> None:
@@ -74,7 +80,9 @@ class ScoreTable:
         self.lines += len(failed)
         self.failed += int(failed.sum())
         self.labelled += int((~unlabelled).sum())
-        for position in np.flatnonzero(failed)[: max(0, ERRORS_KEPT - len(self.errors))]:
+        unread = np.isin(batch.shards, self._bad_shards)
+        self.unread += int(unread.sum())
+        for position in np.flatnonzero(failed & ~unread)[: max(0, ERRORS_KEPT - len(self.errors))]:
             self.errors.append(
                 f"shard {batch.shards[position]}, row {batch.rows[position]}, key {batch.keys[position]!r}: "
                 f"{reasons[position]}"

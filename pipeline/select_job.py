@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -29,8 +30,11 @@ from pipeline.cores import available_cores
 from pipeline.dask_map import ordered_dask_map
 from pipeline.guards import examine_selection
 from pipeline.label_errors import require_cleanlab, score_history, suspected_label_errors
+from pipeline.lease import store_lease
 from pipeline.pending import FinishedPart, finished_parts, newest_scores
-from pipeline.receipt import total_seconds
+from pipeline.receipt import bad_shards, name_bad_shards, total_seconds
+
+logger = logging.getLogger(__name__)
 
 MOST_DISAGREEMENT = 0.25
 """Share of contradicted labels in a selection above which is warned."""
@@ -60,6 +64,7 @@ def select_round(
     min_per_class: int = 0,
     exclude_noisy: bool = False,
     most_disagreement: float = MOST_DISAGREEMENT,
+    max_bad_shards: int = 0,
     faithfulness: Faithfulness | None = None,
     still_ours: Callable[[], None] | None = None,
 ) -> SelectResult:
@@ -80,6 +85,8 @@ def select_round(
         exclude_noisy: leave out samples whose label is suspected to be wrong (`pipeline.label_errors` has the rule),
             judged by the newest score tables up to those that are cut; `excluded.parquet` of the round lists them.
         most_disagreement: warn when more than this share of the selection has a label that the scorer contradicts.
+        max_bad_shards: shards that scoring had to leave out; with so many a round is still published, as partial. None
+            of their samples is selected.
         faithfulness: how the proxy that scored compared with its model; recorded.
         still_ours: called right before the round is published; raises when another job has taken over.
 
@@ -89,7 +96,8 @@ def select_round(
     Raises:
         UsageError: for a fraction outside [0, 1], or quotas of classes that cannot be.
         MissingExtraError: cleanlab is needed and missing.
-        ScoresIncompleteError: when score tables are missing.
+        ScoresIncompleteError: when score tables are missing, or were made without too many shards.
+        StoreBusyError: another job may be about to score shards that were left out.
         SelectionError: when no sample has a value to select on.
         RoundExistsError: when another job published the round first.
     """
@@ -99,35 +107,39 @@ def select_round(
     dataset = store.dataset()
     selected_count(fraction, dataset.samples)
     scored = None if chosen.seed is not None else _scored_round(store, dataset, scores_of)
-    parts = {} if scored is None else _complete_parts(store, dataset, scored)
+    parts = {} if scored is None else _complete_parts(store, dataset, scored, max_bad_shards)
     judged_by = score_history(store, dataset, scored) if exclude_noisy and scored is not None else None
-    intent = _intent(dataset.digest, scored, str(chosen), float(fraction), quotas, judged_by)
+    left_out = [bad.shard for bad in bad_shards(part.receipt for part in parts.values())]
+    intent = _intent(dataset.digest, scored, str(chosen), float(fraction), quotas, judged_by, left_out)
     earlier = _same_selection(store, intent)
     if earlier is not None and (not as_newest or earlier.number == store.round("latest").number):
         return SelectResult(earlier, published=False)
-    number = round_to_publish(store, scored, intent)
-    excluded = None if judged_by is None else _exclude(store, dataset, number, judged_by)
-    with _ordered_map(client, scheduler, workers) as ordered_map:
-        result = exact_cut(
-            _score_parts(store, dataset, scored, excluded),
-            fraction=fraction,
-            strategy=chosen,
-            destination=store.path(schema.selection_path(number)),
-            quotas=quotas,
-            ordered_map=ordered_map,
-        )
-    if result.scored == 0 and selected_count(fraction, dataset.samples):
-        raise SelectionError(
-            f"{store.url}: none of {dataset.samples} samples has a value of {chosen}; "
-            f"margin, loss and el2n need labels: score with the right --label, or select on distance"
-        )
-    manifest = round_manifest(store, dataset, number, scored, parts, result, started)
-    manifest |= {"class_balance": class_balance, "min_per_class": min_per_class}
-    if judged_by is not None:
-        manifest["excluded"] = {"samples": result.excluded, "judged_by": judged_by}
-    manifest["guards"] = asdict(examine_selection(store, dataset, number, scored, result, most_disagreement))
-    manifest["faithfulness"] = None if faithfulness is None else asdict(faithfulness)
-    return SelectResult(store.publish(number, manifest, still_ours=still_ours), published=True)
+    with _apart_from_scoring(store, dataset, scored, parts) as lease:
+        number = round_to_publish(store, scored, intent)
+        excluded = None if judged_by is None else _exclude(store, dataset, number, judged_by)
+        with _ordered_map(client, scheduler, workers) as ordered_map:
+            result = exact_cut(
+                _score_parts(store, dataset, scored, excluded),
+                fraction=fraction,
+                strategy=chosen,
+                destination=store.path(schema.selection_path(number)),
+                quotas=quotas,
+                ordered_map=ordered_map,
+            )
+        if result.scored == 0 and selected_count(fraction, dataset.samples):
+            raise SelectionError(
+                f"{store.url}: none of {dataset.samples} samples has a value of {chosen}; "
+                f"margin, loss and el2n need labels: score with the right --label, or select on distance"
+            )
+        manifest = round_manifest(store, dataset, number, scored, parts, result, started)
+        manifest |= {"class_balance": class_balance, "min_per_class": min_per_class}
+        if judged_by is not None:
+            manifest["excluded"] = {"samples": result.excluded, "judged_by": judged_by}
+        manifest["guards"] = asdict(examine_selection(store, dataset, number, scored, result, most_disagreement))
+        manifest["faithfulness"] = None if faithfulness is None else asdict(faithfulness)
+        if left_out:
+            logger.warning(f"round {number} is partial: {len(left_out)} shards were left out, first {left_out[0]}")
+        return SelectResult(store.publish(number, manifest, still_ours=still_ours or lease), published=True)
 
 
 @contextmanager
@@ -156,6 +168,29 @@ def require_options(strategy: Strategy, quotas: ClassQuotas, exclude_noisy: bool
         )
 
 
+@contextmanager
+def _apart_from_scoring(
+    store: Store, dataset: Dataset, scored: int | None, parts: Mapping[int, FinishedPart]
+) -> Iterator[Callable[[], None] | None]:
+    """Keep scoring jobs away while tables are cut that they would replace: those made without some shards.
+
+    Gives what makes sure that none has taken over; None where no table can change.
+
+    Raises:
+        StoreBusyError: one is at work.
+        ScoresIncompleteError: one has replaced tables in this moment.
+    """
+    if scored is None or not bad_shards(part.receipt for part in parts.values()):
+        yield None
+        return
+    with store_lease(store, "select") as lease:
+        if finished_parts(store, scored) != parts:
+            raise ScoresIncompleteError(
+                f"{store.url}: score tables of round {scored} were replaced in this moment; run dynams select again"
+            )
+        yield lease.require
+
+
 def _exclude(store: Store, dataset: Dataset, number: int, judged_by: Sequence[int]) -> dict[int, Excluded]:
     """The suspected label errors by part, listed in the round's folder, too."""
     found = suspected_label_errors(store, dataset, judged_by)
@@ -177,7 +212,7 @@ def _scored_round(store: Store, dataset: Dataset, scores_of: int | None) -> int:
     return scores_of
 
 
-def _complete_parts(store: Store, dataset: Dataset, scored: int) -> dict[int, FinishedPart]:
+def _complete_parts(store: Store, dataset: Dataset, scored: int, max_bad_shards: int) -> dict[int, FinishedPart]:
     done = finished_parts(store, scored)
     missing = [part.number for part in dataset.parts if part.number not in done]
     if missing:
@@ -198,11 +233,24 @@ def _complete_parts(store: Store, dataset: Dataset, scored: int) -> dict[int, Fi
             f"{store.url}: the score tables of round {scored} were not all made by the same scorer and checkpoint "
             f"(part {mixed[0]} differs from part 0); remove those of part {mixed[0]} and run dynams score again"
         )
+    left_out = bad_shards(part.receipt for part in done.values())
+    if len(left_out) > max_bad_shards:
+        raise ScoresIncompleteError(
+            f"{store.url}: round {scored} was scored without {len(left_out)} shards, {max_bad_shards} may be left out "
+            f"(--max-bad-shards):{name_bad_shards(left_out)}\n"
+            f"mend them and run dynams score again, or allow so many for a round that is partial"
+        )
     return done
 
 
 def _intent(
-    digest: str, scored: int | None, strategy: str, fraction: float, quotas: ClassQuotas, judged_by: list[int] | None
+    digest: str,
+    scored: int | None,
+    strategy: str,
+    fraction: float,
+    quotas: ClassQuotas,
+    judged_by: list[int] | None,
+    left_out: list[int],
 ) -> dict[str, Any]:
     """What a selection is made from; equal intents make equal bytes."""
     intent = {"dataset": digest, "scores_of": scored, "strategy": strategy, "fraction": fraction}
@@ -210,6 +258,8 @@ def _intent(
         intent |= {"class_balance": quotas.balance, "min_per_class": quotas.least}
     if judged_by is not None:
         intent["judged_by"] = judged_by
+    if left_out:  # tables made without shards may be replaced by others with them
+        intent["bad_shards"] = left_out
     return intent
 
 
@@ -229,6 +279,7 @@ def _intent_of(published: Round) -> dict[str, Any]:
         manifest["fraction"],
         quotas,
         manifest.get("excluded", {}).get("judged_by"),
+        [bad["shard"] for bad in manifest.get("bad_shards", ())],
     )
 
 
@@ -272,10 +323,12 @@ def round_manifest(
     """What `round.json` records."""
     first = parts[min(parts)] if parts else None
     provenance: Mapping[str, Any] = first.receipt.provenance if first else {}
+    left_out = bad_shards(part.receipt for part in parts.values())
     return {
         "format": schema.FORMAT_VERSION,
         "round": number,
-        "status": "complete",
+        "status": "partial" if left_out else "complete",
+        "bad_shards": [asdict(bad) for bad in left_out],
         "dataset": {"version": dataset.version, "digest": dataset.digest},
         "checkpoint": {"path": provenance["checkpoint"], "sha256": first.identity["checkpoint"]} if first else None,
         "epoch": provenance.get("epoch"),

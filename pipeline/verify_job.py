@@ -7,49 +7,25 @@ everything else     files that nothing names
 
 from __future__ import annotations
 
-import json
-import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import partial
 from itertools import chain
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import pyarrow as pa
-import pyarrow.parquet as pq
 
 from dynams_stream import schema, storage
-from dynams_stream.cut_part import score_keys
 from dynams_stream.dataset import Dataset, Part
 from dynams_stream.errors import DynamsError, StoreError
 from dynams_stream.index import part_digest, read_part_index
 from dynams_stream.ordered_map import ordered_thread_map
-from dynams_stream.selection import Selection
 from dynams_stream.store import Round, Store
-from dynams_stream.strategy import Strategy
 from pipeline.cores import available_cores
+from pipeline.verify_round import Problem, RoundCheck, read_checked, reason_of
 
 Progress = Callable[[int, int], None]
-
-
-@dataclass(frozen=True)
-class Problem:
-    """A file that is not what it should be.
-
-    Attributes:
-        path: relative to the store; of a shard, its URL.
-        what: is wrong with it.
-        advice: what to do.
-    """
-
-    path: str
-    what: str
-    advice: str
-
-    def __str__(self) -> str:
-        return f"{self.path}: {self.what}; {self.advice}"
 
 
 @dataclass(frozen=True)
@@ -135,7 +111,7 @@ def _datasets(store: Store, problems: list[Problem]) -> dict[int, Dataset]:
             found[version] = store.dataset(version)
         except Exception as error:  # noqa: BLE001 (of damaged bytes a reader may make anything)
             advice = "restore it from a copy, or index the shards again with dynams index"
-            problems.append(Problem(schema.dataset_path(version), _reason(error), advice))
+            problems.append(Problem(schema.dataset_path(version), reason_of(error), advice))
     return found
 
 
@@ -150,7 +126,7 @@ def _rounds(store: Store, problems: list[Problem]) -> list[Round]:
                 found.append(published)
         except StoreError as error:
             advice = "restore it from a copy, or remove the round's folder"
-            problems.append(Problem(schema.manifest_path(number), _reason(error), advice))
+            problems.append(Problem(schema.manifest_path(number), reason_of(error), advice))
     return found
 
 
@@ -174,6 +150,8 @@ def _require_manifest(manifest: Mapping[str, Any]) -> None:
     ]
     if wrong:
         raise StoreError(f"it lacks what a manifest has: {', '.join(wrong)}")
+    if (manifest.get("status") == "partial") != bool(manifest.get("bad_shards")):
+        raise StoreError(f"its status, {manifest.get('status')}, does not fit the bad shards that it names")
 
 
 # ---- the member index ------------------------------------------------------------------------------------------------
@@ -195,21 +173,15 @@ def _index_checks(store: Store, datasets: dict[int, Dataset]) -> Iterator[Check]
 def _check_index(store: Store, part: Part, counts: npt.NDArray[np.int64]) -> list[Problem]:
     url = store.path(part.index_file)
     try:
-        _read_checked(url)
+        read_checked(url)
         indexes = read_part_index(url)
         if [len(index) for index in indexes.values()] != counts.tolist():
             return [Problem(part.index_file, "its samples are not as many as the dataset's table has", _INDEX_AGAIN)]
         if part.index_file != schema.index_path(part.number, part_digest(part.first_shard, list(indexes.values()))):
             return [Problem(part.index_file, "its content is not what its name says", _INDEX_AGAIN)]
     except Exception as error:  # noqa: BLE001 (of damaged bytes a reader may make anything)
-        return [Problem(part.index_file, _reason(error), _INDEX_AGAIN)]
+        return [Problem(part.index_file, reason_of(error), _INDEX_AGAIN)]
     return []
-
-
-def _read_checked(url: str) -> pa.Table:
-    """A whole table, with the checksums of its pages compared."""
-    with storage.open_random(url) as file:
-        return pq.ParquetFile(file, page_checksum_verification=True).read(use_threads=False)
 
 
 def _shard_checks(store: Store, datasets: dict[int, Dataset]) -> Iterator[Check]:
@@ -225,14 +197,11 @@ def _check_shard(store: Store, url: str, recorded: str) -> list[Problem]:
     try:
         store.open_shard(url, recorded).close()
     except (DynamsError, OSError) as error:
-        return [Problem(url, _reason(error), "restore it, or index the dataset again")]
+        return [Problem(url, reason_of(error), "restore it, or index the dataset again")]
     return []
 
 
 # ---- rounds ----------------------------------------------------------------------------------------------------------
-
-
-_SELECT_AGAIN = "restore it from a copy, or remove the round's folder and run dynams select again"
 
 
 def _dataset_of(published: Round, datasets: dict[int, Dataset]) -> Dataset | None:
@@ -251,7 +220,7 @@ def _round_checks(rounds: Sequence[Round], datasets: dict[int, Dataset]) -> Iter
         if published.manifest["score_parts"] not in ([], [part.number for part in dataset.parts]):
             yield partial(_wrong_parts, published)
             continue
-        check = _RoundCheck(published, dataset)
+        check = RoundCheck(published, dataset)
         yield check.selection_file
         for part in published.manifest["score_parts"]:
             yield partial(check.score_table, dataset.parts[part])
@@ -267,91 +236,6 @@ def _wrong_dataset(published: Round) -> list[Problem]:
 def _wrong_parts(published: Round) -> list[Problem]:
     what = "the score parts that it names are not those of its dataset"
     return [Problem(schema.manifest_path(published.number), what, "restore it from a copy")]
-
-
-class _RoundCheck:
-    """The files of one round; its selection is read once."""
-
-    def __init__(self, published: Round, dataset: Dataset):
-        self.round, self.manifest, self.dataset = published, published.manifest, dataset
-        self._one_at_a_time = threading.Lock()
-
-    @cached_property
-    def selection(self) -> Selection:
-        return self.round.selection()
-
-    def selection_file(self) -> list[Problem]:
-        """What is wrong with `selection.parquet`."""
-        path = schema.selection_path(self.round.number)
-        try:
-            if storage.file_digest(self.round.store.path(path)) != self.manifest["selection"]["sha256"]:
-                return [Problem(path, "not the file that was published: its SHA-256 differs", _SELECT_AGAIN)]
-            return [Problem(path, what, _SELECT_AGAIN) for what in self._wrong_with_rows()]
-        except Exception as error:  # noqa: BLE001 (of damaged bytes a reader may make anything)
-            return [Problem(path, _reason(error), _SELECT_AGAIN)]
-
-    def _wrong_with_rows(self) -> Iterator[str]:
-        selected, there, counts = self.selection.counts, self.dataset.counts, self.round.counts
-        if len(selected) != len(there) or (selected > there).any():
-            yield "it does not fit the dataset's shards"
-        elif any(self.selection.rows(shard)[-1] >= there[shard] for shard in np.flatnonzero(selected).tolist()):
-            yield "it has rows that its shards do not have"
-        if (self.selection.total, self.dataset.samples) != (counts["selected"], counts["all"]):
-            yield f"{self.selection.total} rows of {self.dataset.samples} samples; round.json has {dict(counts)}"
-
-    def score_table(self, part: Part) -> list[Problem]:
-        """What is wrong with the score table of a part."""
-        number = self.round.number
-        path = schema.scores_path(self.manifest["scores_of"] or number, part.number)
-        advice = f"restore it from a copy; loaders go on without it, but round {number} cannot be cut again"
-        try:
-            table = _read_checked(self.round.store.path(path))
-            schema.require_format(table.schema.metadata, path)
-            what = self._wrong_with_table(part, table)
-        except Exception as error:  # noqa: BLE001 (of damaged bytes a reader may make anything)
-            what = _reason(error)
-        return [] if what is None else [Problem(path, what, advice)]
-
-    def _wrong_with_table(self, part: Part, table: pa.Table) -> str | None:
-        counts = self.dataset.counts[part.first_shard : part.first_shard + part.shards]
-        shards = np.repeat(np.arange(part.first_shard, part.first_shard + part.shards), counts)
-        rows = np.concatenate([np.arange(count) for count in counts.tolist()])
-        if not (np.array_equal(table["shard"], shards) and np.array_equal(table["row"], rows)):
-            return f"not one line for each of the part's {part.samples} samples"
-        made_from = json.loads(table.schema.metadata.get(schema.IDENTITY_KEY, b"null"))
-        if made_from is None or made_from["dataset"]["digest"] != self.dataset.digest:
-            return "it was made from another dataset"
-        if (made_from["checkpoint"], made_from["scorer"]) != (
-            self.manifest["checkpoint"]["sha256"],
-            self.manifest["scorer"],
-        ):
-            return "it was made by another checkpoint or scorer than round.json has"
-        if not self._is_exact(part, table):
-            return f"round {self.round.number} does not select its smallest values of {self.manifest['strategy']}"
-        return None
-
-    def _is_exact(self, part: Part, table: pa.Table) -> bool:
-        """Whether all samples below the recorded threshold are selected, and none above it.
-
-        True where a table cannot tell: with quotas of classes or excluded samples, or where the selection is damaged.
-        """
-        if any(self.manifest.get(name) for name in ("class_balance", "min_per_class", "excluded")):
-            return True
-        counts = self.dataset.counts[part.first_shard : part.first_shard + part.shards].tolist()
-        chosen = [np.zeros(count, dtype=bool) for count in counts]
-        try:
-            with self._one_at_a_time:
-                for shard, selected in enumerate(chosen, part.first_shard):
-                    selected[self.selection.rows(shard)] = True
-        except (DynamsError, IndexError, OSError):
-            return True
-        selected, threshold = np.concatenate(chosen), self.manifest["threshold"]
-        if threshold is None:
-            return not selected.any()
-        strategy = Strategy.parse(self.manifest["strategy"])
-        keys = score_keys(strategy.evaluate({name: table[name].to_numpy() for name in strategy.columns}))
-        border = score_keys(np.array([threshold], dtype=np.float32))[0]
-        return bool(selected[keys < border].all() and not selected[keys > border].any())
 
 
 # ---- what nothing names ----------------------------------------------------------------------------------------------
@@ -380,9 +264,3 @@ def orphans(store: Store, datasets: Iterable[Dataset], rounds: Sequence[Round]) 
             for name in storage.list_names(store.path(folder)):
                 if (path := f"{folder}/{name}") not in known:
                     yield path
-
-
-def _reason(error: Exception) -> str:
-    """An error's first line without the file's own name, which is said already."""
-    text = str(error).splitlines()[0] if str(error) else type(error).__name__
-    return text.split(": ", 1)[1] if text.startswith("/") and ": " in text else text

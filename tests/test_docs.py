@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import os
 import re
 import subprocess
@@ -55,3 +56,41 @@ def test_the_readme_shows_the_interface_of_the_design() -> None:
     block = next(text for language, _, text in BLOCK.findall((ROOT / "README.md").read_text()) if language == "python")
     compile(block, "README.md", "exec")
     assert block.index("SelectedDataset(store") < block.index("run_round(store") < block.index("set_epoch(epoch")
+
+
+def message_patterns() -> list[re.Pattern[str]]:
+    """A pattern for each line of a message that the sources can make, whatever is filled in."""
+    found = []
+    for path in (file for folder in ("dynams_stream", "pipeline", "tools") for file in (ROOT / folder).glob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text())):
+            parts = node.values if isinstance(node, ast.JoinedStr) else [node]
+            text = "".join(
+                str(part.value) if isinstance(part, ast.Constant) else "\0"
+                for part in parts
+                if isinstance(part, ast.Constant | ast.FormattedValue)
+            )
+            lines = (line.strip() for line in text.split("\n"))
+            found += [line for line in lines if len(line.replace("\0", "")) >= 20]
+    return [re.compile(".*".join(map(re.escape, line.split("\0")))) for line in found]
+
+
+def test_the_messages_of_the_operations_page_are_those_of_the_sources() -> None:
+    text = (ROOT / "docs" / "operations.md").read_text()
+    quoted = [
+        line.strip().removeprefix("error: ")
+        for language, _, block in BLOCK.findall(text)
+        if language == "text"
+        for line in block.splitlines()
+    ]
+    assert len(quoted) > 10
+    patterns = message_patterns()
+    assert not any(pattern.fullmatch("runs/a: nothing that a source says") for pattern in patterns)
+    for message in quoted:
+        assert any(pattern.fullmatch(message) for pattern in patterns), message
+
+
+def test_the_operations_page_s_sections_are_there() -> None:
+    text = (ROOT / "docs" / "operations.md").read_text()
+    titles = re.findall(r"^## (.*)", text, re.MULTILINE)
+    headings = {re.sub(r"[^a-z0-9 -]", "", title.lower()).replace(" ", "-") for title in titles}
+    assert set(re.findall(r"\]\(#([^)]+)\)", text)) <= headings

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import time
 
 import numpy as np
@@ -110,3 +111,39 @@ def watched_linear() -> nn.Module:
 def out_of_memory(*arguments: object) -> None:
     """A worker's task that fails as one does whose model is too large."""
     raise MemoryError("cannot allocate")
+
+
+def overwriting_gray(image: Image.Image) -> Tensor:
+    """As `gray`; where the environment's file names a shard and other bytes, writes them over the shard first."""
+    marker = os.environ["DYNAMS_TEST_MARKER"]
+    try:
+        os.rename(marker, marker + ".taken")
+    except FileNotFoundError:
+        return gray(image)
+    with open(marker + ".taken") as file:
+        shard, others = file.read().splitlines()
+    with open(others, "rb") as source, open(shard, "r+b") as target:
+        target.write(source.read())
+    return gray(image)
+
+
+def deadly_gray(image: Image.Image) -> Tensor:
+    """As `gray`; an image whose pixels add up to what the environment's file says kills the process."""
+    tensor, marker = gray(image), os.environ["DYNAMS_TEST_MARKER"]
+    if os.path.exists(marker):
+        with open(marker) as file:
+            if pixel_sum(image) == int(file.read()):
+                os.kill(os.getpid(), signal.SIGKILL)
+    return tensor
+
+
+def pixel_sum(image: Image.Image) -> int:
+    """What an image's pixels add up to."""
+    return int(np.asarray(image.convert("L"), dtype=np.int64).sum())
+
+
+def very_slow_gray(image: Image.Image) -> Tensor:
+    """As `gray`; a part of a hundred samples takes half a minute. Makes the environment's file when it begins."""
+    open(os.environ["DYNAMS_TEST_MARKER"], "a").close()
+    time.sleep(0.6)
+    return gray(image)

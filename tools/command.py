@@ -26,6 +26,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColum
 from rich.text import Text
 
 from dynams_stream.errors import DynamsError, LeaseLostError, RoundExistsError, StoreBusyError, UsageError
+from pipeline.stopping import Terminated
 
 EXIT_FAILED, EXIT_USAGE, EXIT_BUSY = 1, 2, 3
 EXIT_INTERRUPTED, EXIT_TERMINATED = 130, 143
@@ -35,10 +36,6 @@ stderr = Console(stderr=True, highlight=False, soft_wrap=True)
 
 # typer carries a click of its own and does not export the base of its errors.
 _COMMAND_LINE_ERROR: Any = next(base for base in typer.BadParameter.__mro__ if base.__name__ == "ClickException")
-
-
-class Terminated(BaseException):
-    """SIGTERM arrived; raised in the main thread so that everything is closed in order."""
 
 
 # ---- the program -----------------------------------------------------------------------------------------------------
@@ -56,9 +53,10 @@ def run(app: typer.Typer | Callable[[], Any], arguments: list[str] | None = None
     if os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())
     signal.signal(signal.SIGTERM, _terminate)
-    logging.basicConfig(
-        level=logging.WARNING, format="%(message)s", handlers=[RichHandler(console=stderr, show_path=False)]
-    )
+    handler = RichHandler(console=stderr, show_path=False)
+    # Its tracebacks would hide our message, and it sets its loggers' levels itself when it is imported.
+    handler.addFilter(lambda record: not record.name.startswith("distributed."))
+    logging.basicConfig(level=logging.WARNING, format="%(message)s", handlers=[handler])
     logging.getLogger("distributed").setLevel(logging.CRITICAL)
     given = sys.argv[1:] if arguments is None else arguments
     debug = "--debug" in given
@@ -172,6 +170,12 @@ JsonOption = Annotated[bool, typer.Option("--json", help="Print the result as on
 DebugOption = Annotated[bool, typer.Option("--debug", help="Show a traceback with an error.")]
 WorkersOption = Annotated[
     int | None, typer.Option("--workers", min=1, help="Processes (or threads) to use; default: one per core.")
+]
+MaxBadShardsOption = Annotated[
+    int,
+    typer.Option(
+        "--max-bad-shards", min=0, help="Shards that cannot be read and may be left out; the round is partial then."
+    ),
 ]
 
 

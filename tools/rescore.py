@@ -16,7 +16,16 @@ from pipeline.rescore import Due, Rescored, due_round, model_beside, rescore
 from pipeline.rounds import CHECK_SAMPLES, LEAST_OVERLAP
 from pipeline.run_records import recorded_run
 from pipeline.select_job import MOST_DISAGREEMENT
-from tools.command import ConfigOption, DebugOption, JsonOption, StoreOption, WorkersOption, run, show
+from tools.command import (
+    ConfigOption,
+    DebugOption,
+    JsonOption,
+    MaxBadShardsOption,
+    StoreOption,
+    WorkersOption,
+    run,
+    show,
+)
 from tools.rescore_triggers import find_trigger, start_runs
 from tools.schedule_options import (
     ANNEAL,
@@ -58,6 +67,7 @@ from tools.select_subset import (
     MostDisagreementOption,
     StrategyOption,
     round_summary,
+    told_partial,
 )
 
 app = typer.Typer(add_completion=False)
@@ -145,6 +155,7 @@ def rescore_command(
     workers: WorkersOption = None,
     device: DeviceOption = "cpu",
     max_errors: MaxErrorsOption = None,
+    max_bad_shards: MaxBadShardsOption = 0,
     on_busy: OnBusyOption = "skip",
     config: ConfigOption = None,
     json: JsonOption = False,
@@ -178,8 +189,8 @@ def rescore_command(
     }
     job = {
         "strategy": strategy, "scheduler": source, "workers": workers, "device": device, "max_errors": max_errors,
-        "guards": guards, "calibration_samples": calibration_samples, "check_samples": check_samples,
-        "least_overlap": least_overlap, "fallback": fallback, "on_busy": busy,
+        "max_bad_shards": max_bad_shards, "guards": guards, "calibration_samples": calibration_samples,
+        "check_samples": check_samples, "least_overlap": least_overlap, "fallback": fallback, "on_busy": busy,
     }  # fmt: skip
     with recorded_run(target) as record:
         record.checkpoint = found = newest_checkpoint(trigger.place, settle=poll)
@@ -235,7 +246,7 @@ def _report(result: Rescored, as_json: bool) -> None:
             **round_summary(published),
         },
         f"round {published.number} {words}: {counts['selected']:,} of {counts['all']:,} samples, "
-        f"checkpoint {result.checkpoint}",
+        f"checkpoint {result.checkpoint}{told_partial(published)}",
         as_json,
     )
 

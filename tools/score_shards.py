@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from typing import Annotated
 
 import typer
@@ -9,12 +10,14 @@ import typer
 from dynams_stream import storage
 from dynams_stream.store import Store
 from pipeline.cluster import job_script
+from pipeline.receipt import name_bad_shards
 from pipeline.score_job import ScoredRound, ScorePlan, first_extensions, plan_round, score_round
 from tools.command import (
     ConfigOption,
     DebugOption,
     DryRunOption,
     JsonOption,
+    MaxBadShardsOption,
     StoreOption,
     WorkersOption,
     run,
@@ -69,6 +72,7 @@ def score(
     workers: WorkersOption = None,
     device: DeviceOption = "cpu",
     max_errors: MaxErrorsOption = None,
+    max_bad_shards: MaxBadShardsOption = 0,
     on_busy: OnBusyOption = "skip",
     dry_run: DryRunOption = False,
     config: ConfigOption = None,
@@ -87,7 +91,7 @@ def score(
     if input is None or label is None:
         say(f"input: {settled.input}, label: {settled.label or 'none'} (as the first shard shows)")
     if dry_run:
-        plan = plan_round(target, settled, storage.absolute(checkpoint), device)
+        plan = plan_round(target, settled, storage.absolute(checkpoint), device, max_bad_shards)
         script = job_script(source)
         text = plan_in_words(plan, store) + (f"\nby batch jobs such as this one:\n\n{script}" if script else "")
         show(plan_as_dict(plan) | ({"job_script": script} if script else {}), text, json)
@@ -95,8 +99,8 @@ def score(
     with scoring_progress() as progress:
         result = score_round(
             target, settled, checkpoint=storage.absolute(checkpoint), epoch=epoch, scheduler=source,
-            workers=workers, device=device, max_errors=max_errors, progress=progress,
-            on_busy=busy_policy(on_busy),
+            workers=workers, device=device, max_errors=max_errors, max_bad_shards=max_bad_shards,
+            progress=progress, on_busy=busy_policy(on_busy),
         )  # fmt: skip
     show(as_dict(result), in_words(result, store), json)
 
@@ -134,12 +138,13 @@ def as_dict(result: ScoredRound) -> dict[str, object]:
         "seconds": dict(result.seconds),
         "wall_seconds": result.wall_seconds,
         "errors": list(result.errors),
+        "bad_shards": [asdict(bad) for bad in result.bad_shards],
     }
 
 
 def in_words(result: ScoredRound, store: str) -> str:
     """The result for people."""
-    if result.resumed_parts == result.parts:
+    if result.resumed_parts == result.parts and not result.bad_shards:
         return f"{store}: round {result.number} is scored already, {result.samples:,} samples; next: dynams select"
     lines = [
         f"{store}: round {result.number}, {result.samples:,} samples = {result.samples - result.failed:,} scored + "
@@ -148,7 +153,10 @@ def in_words(result: ScoredRound, store: str) -> str:
     if result.resumed_parts:
         lines.append(f"{result.resumed_parts} of {result.parts} parts were done before")
     lines += [f"  {error}" for error in result.errors]
-    return "\n".join([*lines, "next: dynams select"])
+    if not result.bad_shards:
+        return "\n".join([*lines, "next: dynams select"])
+    left_out = f"warning: {len(result.bad_shards)} shards were left out:{name_bad_shards(result.bad_shards)}"
+    return "\n".join([*lines, left_out, f"next: dynams select --max-bad-shards {len(result.bad_shards)}"])
 
 
 if __name__ == "__main__":

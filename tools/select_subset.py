@@ -9,8 +9,19 @@ import typer
 from dynams_stream.selection import selected_count
 from dynams_stream.store import Round, Store
 from dynams_stream.strategy import Strategy
+from pipeline.receipt import BadShard, name_bad_shards
 from pipeline.select_job import MOST_DISAGREEMENT, SelectResult, select_round
-from tools.command import ConfigOption, DebugOption, DryRunOption, JsonOption, StoreOption, WorkersOption, run, show
+from tools.command import (
+    ConfigOption,
+    DebugOption,
+    DryRunOption,
+    JsonOption,
+    MaxBadShardsOption,
+    StoreOption,
+    WorkersOption,
+    run,
+    show,
+)
 
 app = typer.Typer(add_completion=False)
 
@@ -54,6 +65,7 @@ def select(
     min_per_class: MinPerClassOption = 0,
     exclude_noisy: ExcludeNoisyOption = False,
     most_disagreement: MostDisagreementOption = MOST_DISAGREEMENT,
+    max_bad_shards: MaxBadShardsOption = 0,
     workers: WorkersOption = None,
     dry_run: DryRunOption = False,
     config: ConfigOption = None,
@@ -74,7 +86,7 @@ def select(
     result = select_round(
         Store(store), fraction=fraction, strategy=strategy, scores_of=round, workers=workers,
         class_balance=class_balance, min_per_class=min_per_class, exclude_noisy=exclude_noisy,
-        most_disagreement=most_disagreement,
+        most_disagreement=most_disagreement, max_bad_shards=max_bad_shards,
     )  # fmt: skip
     show(as_dict(result), in_words(result, store), json)
 
@@ -87,8 +99,18 @@ def as_dict(result: SelectResult) -> dict[str, object]:
 def round_summary(published: Round) -> dict[str, object]:
     """What `select`, `rescore` and `status` tell of a round."""
     manifest = published.manifest
-    names = ("epoch", "strategy", "fraction", "threshold", "counts", "scores_of", "ended")
-    return {name: manifest[name] for name in names} | {name: manifest.get(name) for name in ("guards", "faithfulness")}
+    names = ("status", "epoch", "strategy", "fraction", "threshold", "counts", "scores_of", "ended")
+    return {name: manifest[name] for name in names} | {
+        name: manifest.get(name) for name in ("bad_shards", "guards", "faithfulness")
+    }
+
+
+def told_partial(published: Round) -> str:
+    """The warning for people, on a line of its own, when a round lacks shards; nothing else."""
+    left_out = [BadShard(**bad) for bad in published.manifest.get("bad_shards", ())]
+    if not left_out:
+        return ""
+    return f"\nwarning: the round is partial: {len(left_out)} shards were left out:{name_bad_shards(left_out)}"
 
 
 def in_words(result: SelectResult, store: str) -> str:
@@ -102,7 +124,8 @@ def in_words(result: SelectResult, store: str) -> str:
     ]
     if "excluded" in manifest:
         lines.append(f"{manifest['excluded']['samples']:,} samples left out, whose labels are suspected")
-    return "\n".join(lines + [f"warning: {text}" for text in manifest.get("guards", {}).get("warnings", ())])
+    lines += [f"warning: {text}" for text in manifest.get("guards", {}).get("warnings", ())]
+    return "\n".join(lines) + told_partial(result.round)
 
 
 if __name__ == "__main__":

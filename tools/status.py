@@ -85,6 +85,11 @@ def age_seconds(published: Round) -> float:
     return (datetime.now(UTC) - datetime.fromisoformat(published.manifest["ended"])).total_seconds()
 
 
+def _partial(manifest: Mapping[str, Any]) -> str:
+    left_out = len(manifest.get("bad_shards", ()))
+    return f", partial: {left_out} shards left out" if left_out else ""
+
+
 def in_words(result: dict[str, object], rounds: list[Round]) -> str:
     """The state for people."""
     dataset: dict[str, int] = result["dataset"]  # type: ignore[assignment]
@@ -106,7 +111,7 @@ def in_words(result: dict[str, object], rounds: list[Round]) -> str:
         epoch = "" if published.epoch is None else str(published.epoch)
         lines.append(
             f"{published.number:>6} {epoch:>5} {counts['selected']:>12,} {counts['failed']:>7,}  {shown:>10}  "
-            f"{manifest['strategy']}, {manifest['ended']}"
+            f"{manifest['strategy']}, {manifest['ended']}{_partial(manifest)}"
         )
     if result["unpublished_rounds"]:
         lines.append(f"begun, not published: {result['unpublished_rounds']}; run the command that began them again")

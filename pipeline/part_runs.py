@@ -1,0 +1,181 @@
+"""Runs the parts of a scoring job on a cluster.
+
+every part ──► receipts
+  a shard cannot be read ──► the part is run again, when the others are done
+      again it cannot     ──► the shard is bad: the part is run without it where that many may be bad, else it fails
+  its worker died         ──► the part is run again, alone: Dask blames every part that the worker held
+      died again          ──► the part fails
+  anything else           ──► the job fails at once
+SIGTERM ──► no new parts; those that run may finish, for `GRACE_SECONDS`
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+import uuid
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import CancelledError
+from contextlib import suppress
+from dataclasses import replace
+from types import TracebackType
+
+from distributed import Client, Future, wait
+from distributed.scheduler import KilledWorker
+
+from dynams_stream.errors import DynamsError, ScoringError, ShardError
+from pipeline.in_flight import in_flight
+from pipeline.receipt import BadShard, Receipt
+from pipeline.score_part import PartTask, score_part
+from pipeline.stopping import Terminated
+
+logger = logging.getLogger(__name__)
+
+GRACE_SECONDS = 20.0
+"""How long parts may go on after SIGTERM; most that send it wait 30 seconds before they kill."""
+RETRY_SECONDS = 1.0
+"""A pause before shards that could not be read are tried again: the second attempt is worth little at once."""
+TRIES = 2
+"""How often a shard is tried."""
+_MOST_NAMED = 50
+"""Parts and shards that a message names."""
+
+
+class PartRuns:
+    """The parts of a scoring job; iterated within `with`, it gives their receipts as they finish.
+
+    Args:
+        client: of the cluster.
+        tasks: the parts.
+        max_bad_shards: how many shards may be left out.
+
+    Raises, while it is iterated:
+        ScoringError: when parts could not be scored, after all others are done; when the cluster is lost, at once.
+        DynamsError: of the step that failed otherwise, at once.
+    """
+
+    def __init__(self, client: Client, tasks: Sequence[PartTask], *, max_bad_shards: int = 0):
+        self._client, self._tasks, self._max_bad_shards = client, tasks, max_bad_shards
+        self._attempt = uuid.uuid4().hex[:8]
+        self._submitted = 0
+        self._running: dict[str, tuple[PartTask, Future]] = {}
+        self._tries: Counter[str] = Counter()
+        self._bad: set[str] = set()
+        self._lost: list[str] = []
+
+    def __enter__(self) -> PartRuns:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if kind is not None and issubclass(kind, Terminated):
+            self._drain()
+
+    def __iter__(self) -> Iterator[Receipt]:
+        waiting: Sequence[PartTask] = self._tasks
+        again: list[tuple[PartTask, ShardError]] = []
+        while waiting:
+            died: list[PartTask] = []
+            again = []
+            for tasks, most in ((waiting, None), (died, 1)):  # the first fills the second
+                for task, outcome in self._outcomes(tasks, most):
+                    if isinstance(outcome, Receipt):
+                        yield outcome
+                    elif isinstance(outcome, ShardError):
+                        again.append((self._without_bad_shard(task, outcome), outcome))
+                    elif not isinstance(outcome, KilledWorker):
+                        raise _as_dynams_error(task, outcome)
+                    elif tasks is died:
+                        self._lost.append(_died_twice(task, outcome))
+                    else:
+                        died.append(task)
+            if len(self._bad) > self._max_bad_shards:
+                break
+            waiting = [task for task, _ in again]
+            if waiting:
+                time.sleep(RETRY_SECONDS)
+        self._require_all(again)
+
+    def _outcomes(
+        self, tasks: Iterable[PartTask], most: int | None
+    ) -> Iterator[tuple[PartTask, Receipt | BaseException]]:
+        """Each part with its receipt or what it failed with, as they end; at most so many at once."""
+        for task, future in in_flight(self._client, iter(tasks), self._submit, most=most):
+            self._running.pop(future.key)
+            yield task, self._outcome(future)
+
+    def _submit(self, task: PartTask) -> Future:
+        self._submitted += 1
+        key = f"score-{task.number:06d}-{task.part.number:06d}-{self._attempt}-{self._submitted}"
+        future = self._client.submit(score_part, task, key=key, pure=False)
+        self._running[key] = task, future
+        return future
+
+    def _outcome(self, future: Future) -> Receipt | BaseException:
+        try:
+            if future.status == "cancelled":
+                raise CancelledError
+            error = future.exception()
+            return future.result() if error is None else error
+        except (CancelledError, TimeoutError, OSError) as error:  # of the connection: those of parts are returned
+            address = self._client.scheduler.address if self._client.scheduler else "its address"
+            raise ScoringError(
+                f"the connection to the Dask scheduler at {address} is lost; what is done is kept: see that the "
+                f"scheduler runs, then run the same command again"
+            ) from error
+
+    # ---- bad shards --------------------------------------------------------------------------------------------------
+
+    def _without_bad_shard(self, task: PartTask, error: ShardError) -> PartTask:
+        """The part as it is to be tried next: without the shard when that has had its tries."""
+        url = str(error.shard)
+        self._tries[url] += 1
+        if self._tries[url] < TRIES:
+            return task
+        self._bad.add(url)
+        bad = tuple(
+            BadShard(shard, url, str(error)) for shard, own in enumerate(task.urls, task.part.first_shard) if own == url
+        )
+        if not bad or any(known.url == url for known in task.bad_shards):  # it would be tried for ever
+            raise error
+        return replace(task, bad_shards=task.bad_shards + bad)
+
+    def _require_all(self, unread: Sequence[tuple[PartTask, ShardError]]) -> None:
+        """Fail the job when parts are missing; names them."""
+        reasons = [f"part {task.part.number}: {error}" for task, error in unread] + self._lost
+        if not reasons:
+            return
+        shown = "\n  ".join(reasons[:_MOST_NAMED])
+        may = f" ({self._max_bad_shards} shards may be left out: --max-bad-shards)" if unread else ""
+        raise ScoringError(
+            f"{len(reasons)} of {len(self._tasks)} parts could not be scored{may}:\n  {shown}\n"
+            f"the others are done and kept; mend these and run the same command again"
+        )
+
+    # ---- SIGTERM -----------------------------------------------------------------------------------------------------
+
+    def _drain(self) -> None:
+        """Let the parts that run write their tables."""
+        futures = [future for _, future in self._running.values() if not future.done()]
+        if futures:
+            logger.warning(
+                f"SIGTERM: the parts that run ({len(futures)}) may finish, for {GRACE_SECONDS:.0f} seconds; "
+                f"a second SIGTERM stops at once"
+            )
+            with suppress(TimeoutError, CancelledError), self._client.as_current():
+                wait(futures, timeout=GRACE_SECONDS)
+
+
+def _died_twice(task: PartTask, error: KilledWorker) -> str:
+    return (
+        f"part {task.part.number}: its worker died, and again when it was run alone ({error}); out of memory, perhaps: "
+        f"see the workers' log, give them more memory or lower the batch size"
+    )
+
+
+def _as_dynams_error(task: PartTask, error: BaseException) -> DynamsError:
+    if isinstance(error, DynamsError):
+        return error
+    return ScoringError(f"part {task.part.number} failed: {type(error).__name__}: {error}")
