@@ -71,13 +71,18 @@ def dask_client(
         yield connected
 
 
+def is_running(scheduler: str | None) -> bool:
+    """Whether `scheduler` names one that runs already, rather than a cluster to start."""
+    return scheduler is not None and not scheduler.endswith(".toml")
+
+
 def _spec_to_start(scheduler: str | None, workers: int | None, device: str) -> ClusterSpec | None:
     """The cluster that has to be started; None when it runs already."""
     if scheduler is None:
         if workers is not None and workers < 1:
             raise UsageError(f"workers must be at least 1; got {workers}")
         return ClusterSpec(kind="local", workers=workers)
-    if not scheduler.endswith(".toml"):
+    if is_running(scheduler):
         return None
     spec = read_cluster_spec(scheduler)
     if spec.kind == "cuda" and not device.startswith("cuda"):
@@ -158,7 +163,7 @@ def job_script(scheduler: str | None) -> str | None:
     Raises:
         DynamsError: the description is wrong, or the package that would start the cluster is missing.
     """
-    if scheduler is None or not scheduler.endswith(".toml"):
+    if scheduler is None or is_running(scheduler):
         return None
     spec = read_cluster_spec(scheduler)
     if spec.kind != "slurm":

@@ -20,7 +20,7 @@ from dynams_stream.selection import selected_count
 from dynams_stream.store import Round, Store
 from dynams_stream.strategy import Strategy
 from pipeline.calibrate_job import calibrated
-from pipeline.cluster import dask_client
+from pipeline.cluster import dask_client, is_running
 from pipeline.compare_job import compare_with_model
 from pipeline.lease import OnBusy, store_lease
 from pipeline.ranks import has_several_ranks, on_rank_zero
@@ -32,6 +32,8 @@ logger = logging.getLogger(__name__)
 
 CHECK_SAMPLES = 2000
 """Samples that a proxy is compared with its model on: the overlap's standard error is 0.03 at γ = 0.1."""
+CLUSTER_SAMPLES = 10_000_000
+"""Of a dataset, from which on the cluster's workers cut a round's selection; of a smaller one threads are faster."""
 LEAST_OVERLAP = 0.5
 """Below it a proxy warns: the one run on MNIST that began below it ended 0.7 points lower (`docs/method.md`)."""
 
@@ -170,11 +172,13 @@ def make_round(
             select_round, store, fraction=fraction, strategy=strategy, workers=workers, as_newest=as_newest,
             still_ours=lease.require, max_bad_shards=max_bad_shards, **(guards or {}),
         )  # fmt: skip
-        if weights is None:
-            return select()
-        if weights.model is None and not calibration_samples:
-            scored = score_round(store, scorer, checkpoint=weights.scorer, client=client, **job)
-            return select(scores_of=scored.number)
+        is_large = store.dataset().samples >= CLUSTER_SAMPLES
+        if weights is None or (weights.model is None and not calibration_samples):
+            number = None
+            if weights is not None:
+                number = score_round(store, scorer, checkpoint=weights.scorer, client=client, **job).number
+            running = scheduler if client is None and is_running(scheduler) else None
+            return select(scores_of=number, **({"client": client, "scheduler": running} if is_large else {}))
         found = None
         with dask_client(client, scheduler=scheduler, workers=workers, device=device) as connected:
             full = replace(scorer, width=1.0)
@@ -190,7 +194,7 @@ def make_round(
                 )  # fmt: skip
                 if has_drifted(found, least_overlap) and fallback == "full":
                     scored = score_round(store, full, checkpoint=weights.model, client=connected, **job)
-        return select(scores_of=scored.number, faithfulness=found)
+            return select(scores_of=scored.number, faithfulness=found, client=connected if is_large else None)
 
 
 def has_drifted(found: Faithfulness, least_overlap: float) -> bool:

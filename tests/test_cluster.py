@@ -22,7 +22,7 @@ from dynams_stream import Store
 from dynams_stream.errors import ScoringError, UsageError
 from pipeline import cluster
 from pipeline.cluster import dask_client, worker_threads
-from tools.scoring_options import scheduler_source
+from tools.cluster_options import scheduler_source
 
 ROOT = Path(__file__).resolve().parents[1]
 

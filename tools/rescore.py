@@ -16,6 +16,7 @@ from pipeline.rescore import Due, Rescored, due_round, model_beside, rescore
 from pipeline.rounds import CHECK_SAMPLES, LEAST_OVERLAP
 from pipeline.run_records import recorded_run
 from pipeline.select_job import MOST_DISAGREEMENT
+from tools.cluster_options import ClusterOption, SchedulerFileOption, SchedulerOption, scheduler_source
 from tools.command import (
     ConfigOption,
     DebugOption,
@@ -40,23 +41,20 @@ from tools.schedule_options import (
 )
 from tools.scoring_options import (
     BatchSizeOption,
-    ClusterOption,
     CompileOption,
     DeviceOption,
     HeadOption,
     InputOption,
     LabelOption,
+    LeastSideOption,
     MaxErrorsOption,
     ModelArgsOption,
     ModelOption,
     OnBusyOption,
     PrecisionOption,
-    SchedulerFileOption,
-    SchedulerOption,
     TransformOption,
     WidthOption,
     busy_policy,
-    scheduler_source,
     scorer_spec,
     scoring_progress,
 )
@@ -149,6 +147,7 @@ def rescore_command(
     batch_size: BatchSizeOption = 256,
     precision: PrecisionOption = "auto",
     compile: CompileOption = False,
+    least_side: LeastSideOption = None,
     scheduler: SchedulerOption = None,
     scheduler_file: SchedulerFileOption = None,
     cluster: ClusterOption = None,
@@ -174,7 +173,9 @@ def rescore_command(
         fraction, schedule, epochs, warmup=warmup, anneal=anneal, interval=interval, final=final, budget=budget,
         steps=steps,
     )  # fmt: skip
-    spec = scorer_spec(model, model_args, head, width, input, label, transform, batch_size, precision, compile)
+    spec = scorer_spec(
+        model, model_args, head, width, input, label, transform, batch_size, precision, compile, least_side
+    )
     busy, source = busy_policy(on_busy), scheduler_source(scheduler, scheduler_file, cluster)
     target = Store(store)
     trigger = find_trigger(checkpoint, watch, once, every, cron)

@@ -12,6 +12,7 @@ from dynams_stream.store import Store
 from pipeline.cluster import job_script
 from pipeline.receipt import name_bad_shards
 from pipeline.score_job import ScoredRound, ScorePlan, first_extensions, plan_round, score_round
+from tools.cluster_options import ClusterOption, SchedulerFileOption, SchedulerOption, scheduler_source
 from tools.command import (
     ConfigOption,
     DebugOption,
@@ -26,23 +27,20 @@ from tools.command import (
 )
 from tools.scoring_options import (
     BatchSizeOption,
-    ClusterOption,
     CompileOption,
     DeviceOption,
     HeadOption,
     InputOption,
     LabelOption,
+    LeastSideOption,
     MaxErrorsOption,
     ModelArgsOption,
     ModelOption,
     OnBusyOption,
     PrecisionOption,
-    SchedulerFileOption,
-    SchedulerOption,
     TransformOption,
     WidthOption,
     busy_policy,
-    scheduler_source,
     scorer_spec,
     scoring_progress,
     time_split,
@@ -65,6 +63,7 @@ def score(
     batch_size: BatchSizeOption = 256,
     precision: PrecisionOption = "auto",
     compile: CompileOption = False,
+    least_side: LeastSideOption = None,
     epoch: Annotated[int | None, typer.Option("--epoch", help="Recorded with the round.")] = None,
     scheduler: SchedulerOption = None,
     scheduler_file: SchedulerFileOption = None,
@@ -86,7 +85,9 @@ def score(
     Example: dynams score --store runs/a --model my_models:resnet18 --checkpoint ckpt/12.safetensors
     """
     target, source = Store(store), scheduler_source(scheduler, scheduler_file, cluster)
-    spec = scorer_spec(model, model_args, head, width, input, label, transform, batch_size, precision, compile)
+    spec = scorer_spec(
+        model, model_args, head, width, input, label, transform, batch_size, precision, compile, least_side
+    )
     settled = spec.resolved(first_extensions(target, target.dataset()), device)
     if input is None or label is None:
         say(f"input: {settled.input}, label: {settled.label or 'none'} (as the first shard shows)")

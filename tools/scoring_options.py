@@ -39,15 +39,11 @@ PrecisionOption = Annotated[
     str, typer.Option("--precision", help="auto (bfloat16 on GPUs, float32 elsewhere), float32 or bfloat16.")
 ]
 CompileOption = Annotated[bool, typer.Option("--compile", help="Run the network through torch.compile.")]
-SchedulerOption = Annotated[
-    str | None, typer.Option("--scheduler", help="Address of a running Dask scheduler, tcp://host:8786.")
-]
-SchedulerFileOption = Annotated[
-    str | None, typer.Option("--scheduler-file", help="Its scheduler file (.json), waited for for a minute.")
-]
-ClusterOption = Annotated[
-    str | None,
-    typer.Option("--cluster", help="Cluster to start (.toml): SLURM, Kubernetes, GPUs; see docs/clusters.md."),
+LeastSideOption = Annotated[
+    int | None,
+    typer.Option(
+        "--least-side", min=1, help="Decode JPEGs at 1/2, 1/4, 1/8 of their size while both sides keep so many pixels."
+    ),
 ]
 DeviceOption = Annotated[str, typer.Option("--device", help="cpu or cuda.")]
 OnBusyOption = Annotated[
@@ -58,26 +54,6 @@ MaxErrorsOption = Annotated[
     int | None,
     typer.Option("--max-errors", min=0, help="Failed samples that are still accepted. Default: 1 %, at least 10."),
 ]
-
-
-def scheduler_source(scheduler: str | None, scheduler_file: str | None, cluster: str | None) -> str | None:
-    """Where the scheduler comes from, as `pipeline.cluster.dask_client` takes it; None for a local cluster.
-
-    Raises:
-        UsageError: more than one was named, or a file that is not of its kind.
-    """
-    given = {"--scheduler": scheduler, "--scheduler-file": scheduler_file, "--cluster": cluster}
-    named = [flag for flag, value in given.items() if value is not None]
-    if len(named) > 1:
-        raise UsageError(f"{' and '.join(named)} exclude each other; keep the one that says where the scheduler is")
-    if scheduler is not None and scheduler.endswith((".json", ".toml")):
-        flag = "--scheduler-file" if scheduler.endswith(".json") else "--cluster"
-        raise UsageError(f"--scheduler takes an address such as tcp://host:8786; for this file use {flag} {scheduler}")
-    if scheduler_file is not None and not scheduler_file.endswith(".json"):
-        raise UsageError(f"--scheduler-file {scheduler_file}: the name of a scheduler file ends in .json")
-    if cluster is not None and not cluster.endswith(".toml"):
-        raise UsageError(f"--cluster {cluster}: the name of a cluster's description ends in .toml")
-    return scheduler or scheduler_file or cluster
 
 
 def busy_policy(text: str) -> OnBusy:
@@ -102,6 +78,7 @@ def scorer_spec(
     batch_size: int,
     precision: str = "auto",
     compile: bool = False,
+    least_side: int | None = None,
 ) -> ScorerSpec:
     """The spec that the flags describe.
 
@@ -117,6 +94,7 @@ def scorer_spec(
     return ScorerSpec(
         model=model, model_args=arguments, head=head, width=width, input=input, label=label, transform=transform,
         batch_size=batch_size, precision=precision, compile=compile,
+        least_side=least_side,
     )  # fmt: skip
 
 

@@ -11,6 +11,7 @@ from dynams_stream.store import Round, Store
 from dynams_stream.strategy import Strategy
 from pipeline.receipt import BadShard, name_bad_shards
 from pipeline.select_job import MOST_DISAGREEMENT, SelectResult, select_round
+from tools.cluster_options import ClusterOption, SchedulerFileOption, SchedulerOption, scheduler_source
 from tools.command import (
     ConfigOption,
     DebugOption,
@@ -67,6 +68,9 @@ def select(
     most_disagreement: MostDisagreementOption = MOST_DISAGREEMENT,
     max_bad_shards: MaxBadShardsOption = 0,
     workers: WorkersOption = None,
+    scheduler: SchedulerOption = None,
+    scheduler_file: SchedulerFileOption = None,
+    cluster: ClusterOption = None,
     dry_run: DryRunOption = False,
     config: ConfigOption = None,
     json: JsonOption = False,
@@ -74,8 +78,11 @@ def select(
 ) -> None:
     """Select the samples nearest to the decision boundary and publish the round; loaders see it from then on.
 
+    Threads of this machine read the score tables, or tasks of a Dask cluster that is named; the bytes are the same.
+
     Example: dynams select --store runs/a --fraction 0.3
     """
+    source = scheduler_source(scheduler, scheduler_file, cluster)
     if dry_run:
         samples = Store(store).dataset().samples
         count = selected_count(fraction, samples)
@@ -86,7 +93,7 @@ def select(
     result = select_round(
         Store(store), fraction=fraction, strategy=strategy, scores_of=round, workers=workers,
         class_balance=class_balance, min_per_class=min_per_class, exclude_noisy=exclude_noisy,
-        most_disagreement=most_disagreement, max_bad_shards=max_bad_shards,
+        most_disagreement=most_disagreement, max_bad_shards=max_bad_shards, scheduler=source,
     )  # fmt: skip
     show(as_dict(result), in_words(result, store), json)
 
