@@ -250,11 +250,11 @@ def test_a_part_whose_worker_always_dies_is_named_and_the_others_are_done(
 
 
 def test_sigterm_lets_the_parts_that_run_finish(digit_store: Store, checkpoint: Path, undisturbed: pa.Table) -> None:
-    arguments = command(digit_store, checkpoint, "--workers", "2")
+    arguments = command(digit_store, checkpoint, "--workers", "2", transform="slower_gray")
     job = start(arguments)
     until(lambda: len(written(digit_store)) >= 2)
-    job.terminate()
     before = len(written(digit_store))
+    job.terminate()
     _, complaint = job.communicate(timeout=60)
     assert job.returncode == 143, complaint
     assert "stopped by SIGTERM; run the same command again to go on" in complaint

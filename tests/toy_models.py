@@ -142,6 +142,12 @@ def pixel_sum(image: Image.Image) -> int:
     return int(np.asarray(image.convert("L"), dtype=np.int64).sum())
 
 
+def slower_gray(image: Image.Image) -> Tensor:
+    """As `gray`; a part of a hundred samples takes more than a second."""
+    time.sleep(0.03)
+    return gray(image)
+
+
 def very_slow_gray(image: Image.Image) -> Tensor:
     """As `gray`; a part of a hundred samples takes half a minute. Makes the environment's file when it begins."""
     open(os.environ["DYNAMS_TEST_MARKER"], "a").close()
