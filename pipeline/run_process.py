@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import signal
 import subprocess
 from collections.abc import Sequence
 from contextlib import suppress
+
+logger = logging.getLogger(__name__)
 
 STOP_SECONDS = 90.0
 """How long a process that was told to stop may take to end in order; then it is killed."""
@@ -33,10 +36,16 @@ class RunProcess:
                 return self._end()
             return self._process.wait(timeout=self._max_seconds)
         except subprocess.TimeoutExpired:
+            logger.warning(f"the run has lasted for more than {self._max_seconds:g} s; it is stopped")
             return self._end()
         except BaseException:
             self._end()
             raise
+
+    @property
+    def is_stopped(self) -> bool:
+        """Whether `stop` was called: how a command ended then says nothing about it."""
+        return self._stopped
 
     def stop(self) -> None:
         """End the command that runs, if one does, and any that is started later."""

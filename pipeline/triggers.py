@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import logging
-import math
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Literal
 
@@ -44,23 +45,63 @@ def watch(
         folder: where the trainer writes.
         run: makes a round from the checkpoint of that path.
         poll: seconds between looks.
-        seen: called about twice a minute.
+        seen: called at the start and about twice a minute, from another thread.
         sleep: waits; given by tests.
     """
-    newest, failures = NewestCheckpoint(folder), _Failures()
-    told = -math.inf
-    while True:
-        if time.monotonic() - told >= SEEN_SECONDS:
-            told = time.monotonic()
+    looks, failures = _Looks(folder), _Failures()
+    with _heartbeat(seen):
+        while True:
+            pause = 1
+            found = looks.newest()
+            if found is not None:
+                outcome = run(found.url)
+                pause = failures.after(found, outcome)
+                if outcome == "done" or (outcome == "failed" and pause == 0):
+                    looks.done(found)
+            sleep(poll * max(1, pause))
+
+
+@contextmanager
+def _heartbeat(seen: Seen) -> Iterator[None]:
+    """Tell about twice a minute that a watch is alive, during its runs, too."""
+    ended = threading.Event()
+
+    def beat() -> None:
+        while not ended.wait(SEEN_SECONDS):
             seen(None)
-        found = newest.look()
-        pause = 1
-        if found is not None:
-            outcome = run(found.url)
-            pause = failures.after(found, outcome)
-            if outcome == "done" or (outcome == "failed" and pause == 0):
-                newest.done(found)
-        sleep(poll * max(1, pause))
+
+    seen(None)
+    thread = threading.Thread(target=beat, name="dynams-heartbeat", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        thread.join()
+
+
+class _Looks:
+    """Looks at a folder that may not be reachable for a while."""
+
+    def __init__(self, folder: str):
+        self._folder, self._checkpoints = folder, NewestCheckpoint(folder)
+        self._told = ""
+
+    def newest(self) -> Checkpoint | None:
+        """What to run with now, as `NewestCheckpoint.look`; None, with a warning, where the folder cannot be read."""
+        try:
+            found = self._checkpoints.look()
+        except Exception as error:  # noqa: BLE001 (whatever a store's client raises: the next look may be better)
+            if str(error) != self._told:
+                logger.warning(f"{self._folder} cannot be looked at: {error}; looking again")
+                self._told = str(error)
+            return None
+        self._told = ""
+        return found
+
+    def done(self, checkpoint: Checkpoint) -> None:
+        """Run with this one, and with those before it, no more."""
+        self._checkpoints.done(checkpoint)
 
 
 class _Failures:

@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dynams_stream.errors import UsageError
+from pipeline import triggers
 from pipeline.triggers import ATTEMPTS, Outcome, cron, every, run_on_schedule, watch
 
 
@@ -57,7 +58,40 @@ def test_each_newer_checkpoint_is_run_once_it_is_complete(tmp_path: Path) -> Non
     trainer = Trainer(tmp_path, {1: "1.pt", 2: "2.pt", 3: "3.pt", 8: "2.pt"}, {}, looks=12)
     assert followed(trainer) == [(2, "1.pt"), (3, "2.pt"), (4, "3.pt"), (9, "2.pt")]
     assert set(trainer.slept) == {2}
-    assert trainer.seen == 1  # twice a minute
+    assert trainer.seen == 1  # and about twice a minute
+
+
+def test_a_folder_that_is_away_for_a_while_is_looked_at_again(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    trainer = Trainer(tmp_path / "ckpt", {1: "1.pt", 8: "2.pt"}, {}, looks=12)
+    trainer.folder.mkdir()
+    usual = trainer.sleep
+
+    def sleep(seconds: float) -> None:
+        usual(seconds)
+        if trainer.look == 4:
+            trainer.folder.rename(tmp_path / "away")
+        if trainer.look == 7:
+            (tmp_path / "away").rename(trainer.folder)
+
+    trainer.sleep = sleep  # type: ignore[method-assign]
+    assert followed(trainer) == [(2, "1.pt"), (9, "2.pt")]
+    assert sum("cannot be looked at" in text for text in caplog.messages) == 1
+
+
+def test_a_watch_gives_signs_of_itself_during_its_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(triggers, "SEEN_SECONDS", 0.02)
+    trainer = Trainer(tmp_path, {1: "1.pt"}, {}, looks=5)
+
+    def run(path: str) -> Outcome:
+        before, deadline = trainer.seen, time.monotonic() + 20
+        while trainer.seen < before + 3:
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        return "done"
+
+    trainer.run = run  # type: ignore[method-assign]
+    followed(trainer)
+    assert not [thread for thread in threading.enumerate() if thread.name == "dynams-heartbeat"]
 
 
 def test_checkpoints_that_appear_during_a_run_are_passed_over_for_the_newest(tmp_path: Path) -> None:

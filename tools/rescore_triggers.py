@@ -73,7 +73,8 @@ def start_runs(context: typer.Context, store: Store, trigger: Trigger, *, poll: 
     process = RunProcess(command, max_seconds=most)
 
     def run(place: str) -> triggers.Outcome:
-        return _outcome(store, place, process.run(f"--checkpoint={place}", "--once"))
+        status = process.run(f"--checkpoint={place}", "--once")
+        return "failed" if process.is_stopped else _outcome(store, place, status)
 
     try:
         if trigger.when == "watch":
