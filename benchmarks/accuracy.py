@@ -76,7 +76,14 @@ BASE: dict[str, dict[str, Any]] = {
         "width": 0.5,
     },
     "training": {"epochs": 12, "batch_size": 128, "learning_rate": 0.1, "loader_workers": 0},
-    "selection": {"schedule": "power", "final": 0.1, "warmup": 2, "interval": 5, "calibration_samples": 2000},
+    "selection": {
+        "schedule": "power",
+        "final": 0.1,
+        "warmup": 2,
+        "interval": 5,
+        "scorer": "proxy",
+        "calibration_samples": 2000,
+    },
 }
 
 # ---- the settings ----------------------------------------------------------------------------------------------------
@@ -162,6 +169,7 @@ def frontier() -> Iterator[Setting]:
         yield dynams(f"proxy, {schedule}", schedule=schedule)
     for final in (0.05, 0.2, 0.3):
         yield dynams(f"proxy, final {final}", final=final)
+        yield dynams(f"model, final {final}", final=final, **BY_MODEL)
     for warmup in (1, 3):
         yield dynams(f"proxy, warm-up {warmup}", warmup=warmup)
     yield dynams("proxy, anneal 1", anneal=1)
@@ -179,6 +187,7 @@ GROUPS = {"headline": headline, "budgets": budgets, "frontier": frontier}
 def digest(setting: Setting, folder: Path) -> str:
     """What a result depends on, its seed aside. Settings that are not named are left out, so that new ones may come."""
     config = setting.config(folder).model_dump_json(exclude={"methods", "seeds", "out"}, exclude_unset=True)
+    config = config.replace('"scorer":"proxy",', "")  # the default when the first lines were written
     return hashlib.sha256(f"{setting.method} {config}".encode()).hexdigest()[:16]
 
 

@@ -134,7 +134,19 @@ def test_runs_are_told_by_status(digit_store: Store, client: Client, tmp_path: P
     folder = tmp_path / "ckpt"
     folder.mkdir()
     options = ["--store", digit_store.url, *MODEL, "--scheduler", client.scheduler.address, "--checkpoint", folder]
-    by_epoch = [*options, "--schedule", "linear", "--epochs", 4, "--final", "0.2", "--epoch-from", "{epoch}.pt"]
+    by_epoch = [
+        *options,
+        "--schedule",
+        "linear",
+        "--epochs",
+        4,
+        "--interval",
+        1,
+        "--final",
+        "0.2",
+        "--epoch-from",
+        "{epoch}.pt",
+    ]
     assert "no checkpoint yet" in dynams("rescore", *options, "--fraction", "0.2", code=1)
     save(folder, "0.pt", seed=0)
     os.utime(folder / "0.pt", (time.time() - 600, time.time() - 600))
@@ -267,7 +279,7 @@ def test_trainer_watcher_and_loader_for_ten_rounds_with_the_watcher_killed_twice
 ) -> None:
     folder, report = tmp_path / "ckpt", tmp_path / "seen.jsonl"
     folder.mkdir()
-    by_epoch = ("--schedule", "linear", "--epochs", "11", "--warmup", "1", "--final", "0.1")
+    by_epoch = ("--schedule", "linear", "--epochs", "11", "--warmup", "1", "--interval", "1", "--final", "0.1")
 
     def watch() -> subprocess.Popen[str]:
         return watcher(digit_store, folder, client.scheduler.address, *by_epoch)

@@ -40,6 +40,7 @@ loader_workers = 0
 final = 0.25
 warmup = 1
 interval = 2
+scorer = "proxy"
 """
 
 

@@ -18,4 +18,4 @@ StepsOption = Annotated[
     int | None, typer.Option("--steps", min=1, help="Stages of the step schedule (3 unless given).")
 ]
 WARMUP, ANNEAL, INTERVAL = 2, 0, 1
-"""Defaults of commands."""
+"""Defaults of these commands. (The interval is that of `Schedule`, no advice: docs/method.md has what pays.)"""

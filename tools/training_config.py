@@ -84,13 +84,13 @@ class SelectionConfig(_Strict):
     budget: float | None = pydantic.Field(None, gt=0, le=1)
     warmup: int = pydantic.Field(2, ge=0)
     anneal: int = pydantic.Field(0, ge=0)
-    interval: int = pydantic.Field(1, ge=1)
+    interval: int = pydantic.Field(5, ge=1)
     steps: int | None = pydantic.Field(None, ge=1)
     strategy: str = "distance"
     class_balance: bool = False
     min_per_class: int = pydantic.Field(0, ge=0)
     exclude_noisy: bool = False
-    scorer: Literal["proxy", "model"] = "proxy"
+    scorer: Literal["proxy", "model"] = "model"
     fallback: Literal["full"] | None = None
     calibration_samples: int = pydantic.Field(2000, ge=0)
 
