@@ -33,6 +33,9 @@ import psutil
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 THREADS = 2
+PEERS_PYTHON = Path(__file__).resolve().parents[1] / ".venv-peers" / "bin" / "python"
+"""Of the environment that has Polars and pandas (`make bench-peers`); without it they are left out."""
+PEERS = ("Polars", "dask.dataframe")
 
 
 def ours_in_threads(folder: Path, fraction: str) -> tuple[int, float]:
@@ -149,7 +152,8 @@ def contend(name: str, folder: Path, fraction: str) -> None:
 def run_contender(name: str, folder: Path, fraction: str) -> dict[str, Any]:
     """One run; what it wrote is removed again."""
     environment = {**os.environ, "POLARS_MAX_THREADS": str(THREADS), "OMP_NUM_THREADS": str(THREADS)}
-    command = [sys.executable, __file__, "--contender", name, "--folder", str(folder), "--fraction", fraction]
+    python = str(PEERS_PYTHON) if name in PEERS else sys.executable
+    command = [python, __file__, "--contender", name, "--folder", str(folder), "--fraction", fraction]
     process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     memory = MostMemory(process.pid)
     try:
@@ -224,7 +228,7 @@ def main() -> None:
     folder = options.folder or Path("runs/bench/selection") / str(options.rows)
     store = make_store(folder, options.rows, THREADS)
     print(f"{options.rows:,} rows, {len(store.dataset().parts)} tables, {size_on_disk(store) / 1e6:,.0f} MB")
-    names = [name for name in CONTENDERS if options.only in name]
+    names = [name for name in CONTENDERS if options.only in name and (name not in PEERS or PEERS_PYTHON.exists())]
     runs: dict[str, list[dict[str, Any]]] = {name: [] for name in names}
     for number in range(options.runs):
         for name in names:

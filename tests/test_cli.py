@@ -82,20 +82,22 @@ def test_a_fallback_without_a_model_is_refused(tmp_path: Path, checkpoint: Path)
 def test_help_names_every_command() -> None:
     text = dynams("--help").stdout
     assert dynams(code=2).stdout == text
-    for command in COMMANDS:
-        assert command in text
-        page = dynams(command, "--help").stdout
-        assert "Example: dynams " + command in page
+    assert all(command in text for command in COMMANDS)
+    assert "Usage: dynams status" in dynams("status", "--help").stdout
     assert dynams("--version").stdout.startswith("dynams")
 
 
-@pytest.mark.parametrize("module", [module for module, _ in COMMANDS.values()])
-def test_every_command_runs_as_a_module(module: str) -> None:
+@pytest.mark.slow
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_runs_as_a_module(command: str) -> None:
+    module = COMMANDS[command][0]
     done = subprocess.run([sys.executable, "-m", module, "--help"], capture_output=True, text=True, env=ENVIRONMENT)
     assert done.returncode == 0
-    assert "Usage: dynams" in done.stdout
+    assert f"Usage: dynams {command}" in done.stdout
+    assert f"Example: dynams {command}" in done.stdout
 
 
+@pytest.mark.slow
 def test_wrong_usage_exits_2_and_says_what_to_do(tmp_path: Path, checkpoint: Path) -> None:
     assert "No such option" in dynams("status", "--stroe", "x", code=2).stderr
     assert "did you mean 'score'?" in dynams("socre", code=2).stderr
@@ -111,6 +113,7 @@ def test_wrong_usage_exits_2_and_says_what_to_do(tmp_path: Path, checkpoint: Pat
     assert "give one of" in dynams("rescore", *store, *SCORING, "--fraction", "0.1", code=2).stderr
 
 
+@pytest.mark.slow
 def test_failures_exit_1(tmp_path: Path, checkpoint: Path) -> None:
     empty = tmp_path / "empty"
     empty.mkdir()
@@ -128,6 +131,7 @@ def test_failures_exit_1(tmp_path: Path, checkpoint: Path) -> None:
     assert "Traceback" in traceback
 
 
+@pytest.mark.slow
 def test_a_configuration_file_gives_defaults_and_flags_win(tmp_path: Path) -> None:
     dynams("shard", "--dataset", "digits", "--out", tmp_path / "d", "--store", tmp_path / "s")
     config = tmp_path / "run.toml"

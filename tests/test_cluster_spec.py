@@ -190,6 +190,7 @@ def test_batch_jobs_are_cancelled_when_their_program_is_killed(
     wait_until(lambda: not any(psutil.pid_exists(number) for number in slurm.submitted))
 
 
+@pytest.mark.slow
 @needs_jobqueue
 def test_what_sbatch_refuses_is_told(tmp_path: Path, slurm: FakeSlurm) -> None:
     path = written(tmp_path, SLURM.replace('"gpu"', '"closed"'))

@@ -236,6 +236,7 @@ def test_plain(folder: Path) -> None:
     assert f"epoch 2: {len(expected(3, 2, 1)[0])} steps, {ROUNDS[2]} samples" in output
 
 
+@pytest.mark.slow
 def test_ddp_goes_on_with_one_rank(folder: Path) -> None:
     two = command_of("train_ddp.py")
     one = two.replace("--nproc-per-node 2", "--nproc-per-node 1")
@@ -244,6 +245,7 @@ def test_ddp_goes_on_with_one_rank(folder: Path) -> None:
     assert f"rank 0, epoch 2: {len(expected(3, 2, 1)[0])} steps, {ROUNDS[2]} samples" in output
 
 
+@pytest.mark.slow
 def test_lightning_goes_on_with_two_devices(folder: Path) -> None:
     two = command_of("train_lightning.py")
     one = two.replace("train_lightning.py 2", "train_lightning.py 1")
@@ -256,6 +258,7 @@ def test_lightning_goes_on_with_two_devices(folder: Path) -> None:
     check_a_killed_run(folder, (one, two), (1, 2), kill=(0, 20), state=state)
 
 
+@pytest.mark.slow
 def test_accelerate(folder: Path) -> None:
     command = command_of("train_accelerate.py")
 

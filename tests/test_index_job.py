@@ -425,6 +425,7 @@ def run_killed(calls: int, workers: int, store: Path, shards: Path) -> subproces
     )
 
 
+@pytest.mark.slow
 def test_a_killed_job_goes_on_and_ends_with_the_same_store(tmp_path: Path) -> None:
     """SIGKILL at operations spread over the whole run, then once more: always the same bytes."""
     urls = make_shards(tmp_path / "shards", 8)
@@ -488,6 +489,7 @@ def test_the_digits_in_full(tmp_path: Path) -> None:
     assert sorted(seen) == sorted(expected)
 
 
+@pytest.mark.slow
 def test_mnist_in_full(tmp_path: Path, mnist_root: Path) -> None:
     urls = write_shards(open_source("mnist", mnist_root, "train"), tmp_path / "mnist", samples_per_shard=4000)
     store = Store(tmp_path / "store")

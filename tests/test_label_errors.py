@@ -132,6 +132,7 @@ def test_blocks_do_not_change_what_is_found(
     assert flat(suspected_label_errors(noisy, noisy.dataset(), [1]), noisy) == whole
 
 
+@pytest.mark.slow
 def test_the_history_is_the_newest_complete_tables(noisy: Store, client: Client, tmp_path: Path) -> None:
     for steps in range(6):
         checkpoint = trained(noisy, tmp_path / f"{steps}.pt", steps)

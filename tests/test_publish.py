@@ -228,6 +228,7 @@ def stages(store: Store) -> Iterator[Store]:
     pytest.fail("the publisher never finished")
 
 
+@pytest.mark.slow
 def test_a_publisher_killed_anywhere(store: Store) -> None:
     before = snapshot(store.url)
     undisturbed = Store(f"{store.url}-whole")

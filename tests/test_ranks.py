@@ -133,6 +133,7 @@ def test_ranks_take_equal_steps_through_the_whole_order(
         assert in_order(per_rank) == order[: len(order) - len(order) % ranks]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("workers", "method"), [(2, "fork"), (0, "")])
 def test_a_killed_rank_and_a_resume_on_one_rank_fewer_lose_nothing(
     store: Store, tmp_path: Path, workers: int, method: str

@@ -130,6 +130,7 @@ def dynams(*arguments: object, code: int = 0) -> str:
     return done.stdout if code == 0 else done.stderr
 
 
+@pytest.mark.slow
 def test_runs_are_told_by_status(digit_store: Store, client: Client, tmp_path: Path) -> None:
     folder = tmp_path / "ckpt"
     folder.mkdir()

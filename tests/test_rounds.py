@@ -121,6 +121,7 @@ dist.destroy_process_group()
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("extension", ["png", "jpg"])
 def test_ranks_wait_on_the_store_and_agree(digit_store: Store, tmp_path: Path, extension: str) -> None:
     script, rendezvous = tmp_path / "rank.py", f"file://{tmp_path}/rendezvous"

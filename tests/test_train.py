@@ -108,7 +108,7 @@ def test_every_method_trains_on_what_was_planned_and_a_rerun_does_nothing(config
 
 def test_the_model_itself_scores_when_told_and_the_plan_comes_first(tmp_path: Path) -> None:
     config = tmp_path / "run.toml"
-    text = CONFIG.format(out=tmp_path / "out").replace("[selection]", '[selection]\nscorer = "model"')
+    text = CONFIG.format(out=tmp_path / "out").replace('scorer = "proxy"', 'scorer = "model"')
     config.write_text(text.replace("width = 0.5", "width = 0.5\nevery = 2\nproxy_weight = 0.5"))
     arguments = ["--config", str(config), "--method", "dynams", "--workers", "1", "--json"]
     done = CliRunner().invoke(app, arguments, catch_exceptions=False)
@@ -192,6 +192,7 @@ def test_the_examples_for_machines_with_the_data_are_ready(name: str, size: int)
     assert logits.shape == proxied.shape
 
 
+@pytest.mark.slow
 def test_smoothing_precision_and_augmentation_reach_the_loop(config: Path) -> None:
     plain = config.read_text().replace("loader_workers = 0", "loader_workers = 0\nlabel_smoothing = 0.2\nbf16 = true")
     inverted = plain.replace("[model]", 'train_transform = "toy_models:inverted"\n[model]')

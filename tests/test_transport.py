@@ -577,6 +577,7 @@ def test_a_process_forked_after_obstore_was_used_reads_through_fsspec(
     assert bytes(get(url, etag=etag).data) == DATA[10:20]  # the parent's is as it was
 
 
+@pytest.mark.slow
 def test_a_forked_child_leaves_the_connections_of_its_parent_alone(
     serve: Callable[..., ObjectServer], fresh_clients: None, scheme: str
 ) -> None:

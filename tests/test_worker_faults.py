@@ -52,6 +52,7 @@ class KillsItself:
         return identity(sample)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["fork", "spawn"])
 @pytest.mark.parametrize("kind", [DataLoader, StatefulDataLoader, wds.WebLoader])
 def test_a_killed_worker_is_an_error_within_seconds(store: Store, kind: Any, method: str) -> None:
@@ -84,6 +85,7 @@ def test_skipped_samples_are_counted_over_all_workers(store: Store, method: str)
         list(DataLoader(dataset, **options))
 
 
+@pytest.mark.slow
 def test_persistent_workers_count_each_iteration_for_itself(store: Store) -> None:
     dataset = SelectedDataset(store, batch_size=5, prepare=FailsOn((2, 4), (4, 9)), on_error="skip", max_errors=3)
     loader = DataLoader(dataset, batch_size=5, num_workers=2, collate_fn=pairs, persistent_workers=True)
