@@ -15,6 +15,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from concurrent.futures import CancelledError
 from contextlib import ExitStack, contextmanager, suppress
 from typing import Any
 from urllib.parse import urlsplit
@@ -234,6 +235,15 @@ def worker_threads(client: Client) -> int:
         if not threads:
             wait_for_a_worker(client, WORKER_SECONDS)
             threads = sum(client.nthreads().values())
-    except OSError as error:
-        raise ScoringError(f"the Dask scheduler answers no more: {error}; run the same command again") from error
+    except (OSError, CancelledError) as error:
+        raise lost_scheduler(client) from error
     return threads
+
+
+def lost_scheduler(client: Client) -> ScoringError:
+    """What to tell of a scheduler that was there and does not answer any more."""
+    address = client.scheduler.address if client.scheduler else "its address"
+    return ScoringError(
+        f"the connection to the Dask scheduler at {address} is lost; what is done is kept: see that the scheduler runs, "
+        f"then run the same command again"
+    )

@@ -25,6 +25,7 @@ from distributed import Client, Future, wait
 from distributed.scheduler import KilledWorker
 
 from dynams_stream.errors import DynamsError, ScoringError, ShardError
+from pipeline.cluster import lost_scheduler
 from pipeline.in_flight import in_flight
 from pipeline.receipt import BadShard, Receipt
 from pipeline.score_part import PartTask, score_part
@@ -120,11 +121,7 @@ class PartRuns:
             error = future.exception()
             return future.result() if error is None else error
         except (CancelledError, TimeoutError, OSError) as error:  # of the connection: those of parts are returned
-            address = self._client.scheduler.address if self._client.scheduler else "its address"
-            raise ScoringError(
-                f"the connection to the Dask scheduler at {address} is lost; what is done is kept: see that the "
-                f"scheduler runs, then run the same command again"
-            ) from error
+            raise lost_scheduler(self._client) from error
 
     # ---- bad shards --------------------------------------------------------------------------------------------------
 

@@ -253,6 +253,7 @@ def test_sigterm_lets_the_parts_that_run_finish(digit_store: Store, checkpoint: 
     arguments = command(digit_store, checkpoint, "--workers", "2", transform="slower_gray")
     job = start(arguments)
     until(lambda: len(written(digit_store)) >= 2)
+    time.sleep(0.5)  # both workers may have been between two parts
     before = len(written(digit_store))
     job.terminate()
     _, complaint = job.communicate(timeout=60)
