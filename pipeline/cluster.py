@@ -244,6 +244,6 @@ def lost_scheduler(client: Client) -> ScoringError:
     """What to tell of a scheduler that was there and does not answer any more."""
     address = client.scheduler.address if client.scheduler else "its address"
     return ScoringError(
-        f"the connection to the Dask scheduler at {address} is lost; what is done is kept: see that the scheduler runs, "
-        f"then run the same command again"
+        f"the connection to the Dask scheduler at {address} is lost; what is done is kept: see that the "
+        f"scheduler runs, then run the same command again"
     )
