@@ -142,7 +142,7 @@ def budgets() -> Iterator[Setting]:
             if condition == "long tail":
                 for name, quotas in {
                     "class_balance": {"class_balance": True},
-                    "50 per class": {"min_per_class": 50},
+                    "30 per class": {"min_per_class": 30},
                 }.items():
                     yield dynams(f"{budget}: DynaMS, model, {name}", condition, **quotas, **power, **BY_MODEL)
 
