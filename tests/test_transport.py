@@ -640,7 +640,9 @@ def _in_fork(work: Callable[[list[logging.LogRecord]], bool]) -> bool:
 # ---- signing ---------------------------------------------------------------------------------------------------------
 
 
-def test_requests_are_signed_as_s3fs_signs_them(serve: Callable[..., ObjectServer], way: str) -> None:
+def test_requests_are_signed_as_s3fs_signs_them(
+    serve: Callable[..., ObjectServer], fresh_clients: None, way: str
+) -> None:
     server = serve()
     heads: list[str] = []
     parse = server._parsed
