@@ -1,4 +1,4 @@
-"""What all commands share: the `--config` file, progress on stderr, results on stdout, exit codes.
+"""What all commands share: the `--config` file, results on stdout, messages on stderr, exit codes.
 
 0 success or nothing to do    1 work failed    2 wrong usage    3 another job holds the store
 130 and 143 after a clean stop by Ctrl-C and SIGTERM
@@ -11,10 +11,8 @@ import logging
 import os
 import signal
 import sys
-import time
 import tomllib
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import FrameType
 from typing import Annotated, Any, NoReturn
@@ -22,7 +20,6 @@ from typing import Annotated, Any, NoReturn
 import typer
 from rich.console import Console
 from rich.logging import RichHandler
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
 from rich.text import Text
 
 from dynams_stream.errors import DynamsError, LeaseLostError, RoundExistsError, StoreBusyError, UsageError
@@ -190,51 +187,3 @@ def show(result: Mapping[str, Any], text: str, as_json: bool) -> None:
 def say(message: str) -> None:
     """Tell people something on stderr."""
     stderr.print(message, markup=False)
-
-
-class _Rate(ProgressColumn):
-    """Items a second since the bar began, without what an earlier run had done."""
-
-    def render(self, task: Task) -> Text:
-        fresh = task.completed - task.fields.get("resumed", 0)
-        rate = fresh / task.elapsed if task.elapsed else 0.0
-        return Text(f"{rate:,.0f}/s", style="progress.data.speed")
-
-
-Report = Callable[..., None]
-
-
-@contextmanager
-def progress_bar(label: str, unit: str) -> Iterator[Report]:
-    """A bar on stderr; gives `report(done, total, note="", resumed=0)`. Not a terminal: a line every 30 seconds."""
-    if not stderr.is_terminal:
-        yield _line_reporter(label, unit)
-        return
-    columns = (
-        TextColumn(label),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn(unit),
-        _Rate(),
-        TimeRemainingColumn(),
-        TextColumn("{task.fields[note]}"),
-    )
-    with Progress(*columns, console=stderr, transient=True) as bar:
-        task = bar.add_task(label, total=None, note="", resumed=0)
-
-        def report(done: int, total: int, note: str = "", resumed: int = 0) -> None:
-            bar.update(task, completed=done, total=total, note=note, resumed=resumed)
-
-        yield report
-
-
-def _line_reporter(label: str, unit: str, every: float = 30.0) -> Report:
-    last = time.monotonic()
-
-    def report(done: int, total: int, note: str = "", resumed: int = 0) -> None:
-        nonlocal last
-        if time.monotonic() - last >= every:
-            last = time.monotonic()
-            say(f"{label}: {done:,} of {total:,} {unit} {note}".rstrip())
-
-    return report

@@ -17,10 +17,10 @@ from tools.command import (
     JsonOption,
     StoreOption,
     WorkersOption,
-    progress_bar,
     run,
     show,
 )
+from tools.progress import progress_bar
 
 app = typer.Typer(add_completion=False)
 

@@ -13,7 +13,7 @@ from dynams_stream.errors import UsageError
 from dynams_stream.scorer import ScorerSpec
 from pipeline.lease import OnBusy
 from pipeline.score_job import Progress, ScoreProgress
-from tools.command import progress_bar
+from tools.progress import progress_bar
 
 ModelOption = Annotated[str, typer.Option("--model", help="module:callable that returns the full-width nn.Module.")]
 ModelArgsOption = Annotated[str, typer.Option("--model-args", help="Its keyword arguments, as a JSON object.")]

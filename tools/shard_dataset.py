@@ -9,7 +9,8 @@ import typer
 from dynams_stream.store import Store
 from pipeline.index_job import build_index
 from pipeline.shards import SOURCES, open_source, write_shards
-from tools.command import ConfigOption, DebugOption, JsonOption, progress_bar, run, show
+from tools.command import ConfigOption, DebugOption, JsonOption, run, show
+from tools.progress import progress_bar
 
 app = typer.Typer(add_completion=False)
 

@@ -20,10 +20,11 @@ from dynams_stream.store import Store
 from pipeline.cluster import dask_client
 from pipeline.index_job import build_index
 from tools.cluster_options import ClusterOption, SchedulerFileOption, SchedulerOption, scheduler_source
-from tools.command import DebugOption, JsonOption, WorkersOption, progress_bar, run, say, show
+from tools.command import DebugOption, JsonOption, WorkersOption, run, say, show
 from tools.plan_report import compared, cost_text, costs_by_epoch, schedule_rows, schedule_text
 from tools.plot_margins import plot_margins, require_matplotlib
 from tools.plot_schedule import plot_schedule
+from tools.progress import progress_bar
 from tools.training import DecodeImage, RunResult, build_model, run_folder, train_run
 from tools.training_config import METHODS, Method, RunConfig, read_config
 from tools.training_data import prepare_data

@@ -11,7 +11,7 @@ from dynams_stream.errors import UsageError
 from dynams_stream.store import Store
 from pipeline.index_job import build_index
 from pipeline.shards import Sample, Source, open_source, write_shards
-from tools.command import progress_bar
+from tools.progress import progress_bar
 from tools.training_config import DataConfig, RunConfig
 
 _NOT_IN_SHARDS = {"transform", "train_transform", "input", "label"}
