@@ -224,9 +224,9 @@ def _find_threshold(parts: Sequence[ScorePart], strategy: Strategy, wanted: int,
     selected = min(wanted, scored)
     if selected == 0:
         return _Threshold(selected, scored)
-    high_bin, before = _kth_bin(high, selected)
+    high_bin, before = kth_bin(high, selected)
     low, _ = _sum(ordered_map(partial(low_histogram, strategy=strategy, high=high_bin), parts))
-    low_bin, before_inside = _kth_bin(low, selected - before)
+    low_bin, before_inside = kth_bin(low, selected - before)
     return _Threshold(
         selected=selected,
         scored=scored,
@@ -245,7 +245,7 @@ def _sum(histograms: Iterable[Histogram]) -> tuple[Counts, int]:
     return total, scored
 
 
-def _kth_bin(histogram: Counts, k: int) -> tuple[int, int]:
+def kth_bin(histogram: Counts, k: int) -> tuple[int, int]:
     """The bin that holds the k-th smallest (k from 1 on), and how many lie in the bins before it."""
     cumulative = np.cumsum(histogram)
     place = int(np.searchsorted(cumulative, k))

@@ -14,7 +14,8 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from tempfile import TemporaryFile
+from typing import Any, BinaryIO
 
 import numpy as np
 import numpy.typing as npt
@@ -22,6 +23,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from dynams_stream import schema, storage
+from dynams_stream.cut import kth_bin
+from dynams_stream.cut_part import BINS, NOT_SCORED, score_keys
 from dynams_stream.dataset import Dataset, Part
 from dynams_stream.errors import MissingExtraError, SelectionError
 from dynams_stream.store import Store
@@ -69,7 +72,7 @@ def score_history(store: Store, dataset: Dataset, newest: int) -> list[int]:
 def suspected_label_errors(store: Store, dataset: Dataset, tables: Sequence[int]) -> dict[int, Positions]:
     """For each part, by number, the ascending positions of its samples whose labels are suspected to be wrong.
 
-    Reads the tables three times; keeps 4 bytes a sample.
+    Reads the tables three times. Keeps 4 bytes of each suspected sample, and those of all on the local disk.
 
     Args:
         store: where they lie.
@@ -92,22 +95,40 @@ def suspected_label_errors(store: Store, dataset: Dataset, tables: Sequence[int]
     for part in dataset.parts:
         for _, labels, probabilities in _blocks(store, part, tables, classes):
             inspector.update_confident_thresholds(labels, probabilities)
-    quality = {part.number: np.full(part.samples, np.inf, dtype=np.float32) for part in dataset.parts}
-    for part in dataset.parts:
-        for positions, labels, probabilities in _blocks(store, part, tables, classes):
-            quality[part.number][positions] = inspector.score_label_quality(labels, probabilities)
-    return _lowest(quality, int(inspector.get_num_issues(silent=True)))
+    with TemporaryFile() as qualities:
+        for part in dataset.parts:
+            quality = np.full(part.samples, np.nan, dtype=np.float32)
+            for positions, labels, probabilities in _blocks(store, part, tables, classes):
+                quality[positions] = inspector.score_label_quality(labels, probabilities)
+            qualities.write(quality.data)
+        return _lowest(qualities, dataset.parts, int(inspector.get_num_issues(silent=True)))
 
 
-def _lowest(quality: Mapping[int, npt.NDArray[np.float32]], wanted: int) -> dict[int, Positions]:
-    """The positions of the `wanted` lowest values, ties to the first."""
-    values = np.concatenate([quality[number] for number in sorted(quality)])
-    chosen = np.zeros(len(values), dtype=np.bool_)
-    chosen[np.argsort(values, kind="stable")[:wanted]] = True
-    chosen[np.isinf(values)] = False
-    ends = np.cumsum([len(quality[number]) for number in sorted(quality)])[:-1]
-    parts = np.split(chosen, ends)
-    return {n: np.flatnonzero(part).astype(np.uint32) for n, part in zip(sorted(quality), parts, strict=True)}
+def _lowest(file: BinaryIO, parts: Sequence[Part], wanted: int) -> dict[int, Positions]:
+    """The positions, by part, of the `wanted` lowest of a file's float32 values, ties to the first; never a NaN's.
+
+    Found as the cut finds its threshold: the high halves of the values' keys first, then the low ones.
+    """
+
+    def keys() -> Iterator[npt.NDArray[np.uint32]]:
+        file.seek(0)
+        for part in parts:
+            yield score_keys(np.frombuffer(file.read(4 * part.samples), dtype=np.float32))
+
+    high = sum(np.bincount(one[one != NOT_SCORED] >> np.uint32(16), minlength=BINS) for one in keys())
+    wanted = min(wanted, int(high.sum()))
+    if wanted == 0:
+        return {part.number: np.zeros(0, dtype=np.uint32) for part in parts}
+    high_bin, before = kth_bin(high, wanted)
+    low = sum(np.bincount(one[one >> 16 == high_bin] & np.uint32(0xFFFF), minlength=BINS) for one in keys())
+    low_bin, before_inside = kth_bin(low, wanted - before)
+    threshold, left = high_bin << 16 | low_bin, wanted - before - before_inside
+    found = {}
+    for part, one in zip(parts, keys(), strict=True):
+        ties = np.flatnonzero(one == threshold)[:left]
+        left -= len(ties)
+        found[part.number] = np.union1d(np.flatnonzero(one < threshold), ties).astype(np.uint32)
+    return found
 
 
 def _classes(store: Store, dataset: Dataset, tables: Sequence[int]) -> Integers:

@@ -9,10 +9,13 @@ import numpy as np
 import pytest
 import torch
 from distributed import Client
+from hypothesis import given
+from hypothesis import strategies as st
 from PIL import Image
 
 import toy_models
 from dynams_stream import ScorerSpec, Store, schema
+from dynams_stream.dataset import Part
 from dynams_stream.errors import MissingExtraError, SelectionError, UsageError
 from dynams_stream.samples import SelectedSamples
 from dynams_stream.selection import Selection
@@ -130,6 +133,23 @@ def test_blocks_do_not_change_what_is_found(
     whole = flat(suspected_label_errors(noisy, noisy.dataset(), [1]), noisy)
     monkeypatch.setattr(label_errors, "_BLOCK_ELEMENTS", 170)
     assert flat(suspected_label_errors(noisy, noisy.dataset(), [1]), noisy) == whole
+
+
+@given(
+    st.lists(st.lists(st.sampled_from([0.0, 0.25, 0.5, 1.0, 1e-30, np.nan]), max_size=9), min_size=1), st.integers(0, 9)
+)
+def test_the_lowest_are_those_of_a_stable_sort(values: list[list[float]], wanted: int) -> None:
+    arrays = [np.array(each, dtype=np.float32) for each in values]
+    parts = [
+        Part(number, first_shard=number, shards=1, samples=len(each), index_file="")
+        for number, each in enumerate(arrays)
+    ]
+    everything = np.concatenate(arrays)
+    order = np.argsort(everything, kind="stable")  # NaNs come last
+    expected = sorted(order[: min(wanted, np.count_nonzero(~np.isnan(everything)))].tolist())
+    found = label_errors._lowest(io.BytesIO(everything.tobytes()), parts, wanted)
+    starts = np.cumsum([0, *map(len, arrays)])
+    assert [int(place + starts[number]) for number, places in found.items() for place in places] == expected
 
 
 @pytest.mark.slow
