@@ -8,7 +8,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from dynams_stream import storage
-from dynams_stream.checkpoint import checkpoint_epoch
 from dynams_stream.errors import CheckpointError, UsageError
 
 CHECKPOINT_ENDINGS = (".safetensors", ".pt", ".pth")
@@ -129,6 +128,8 @@ def epoch_of(checkpoint: str, pattern: str | None = None) -> int | None:
         CheckpointError: the name does not fit the pattern.
     """
     if pattern is None:
+        from dynams_stream.checkpoint import checkpoint_epoch  # loads torch, which `dynams status` can do without
+
         return checkpoint_epoch(checkpoint)
     before, found, after = pattern.partition("{epoch}")
     if not found:

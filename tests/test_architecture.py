@@ -57,6 +57,13 @@ def test_a_store_can_be_read_without_loading_torch() -> None:
     assert found.stdout.strip() == "False"
 
 
+@pytest.mark.parametrize("module", ["tools.status", "tools.index_shards", "tools.gc_rounds", "tools.verify_store"])
+def test_commands_that_look_at_files_load_no_torch_and_no_scheduler(module: str) -> None:
+    code = f"import sys, {module}; print([name for name in ('torch', 'distributed') if name in sys.modules])"
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
+    assert found.stdout.strip() == "[]"
+
+
 def test_only_storage_opens_files() -> None:
     for path in (ROOT / "dynams_stream").glob("*.py"):
         if path.name == "storage.py":

@@ -28,6 +28,7 @@ from tools.command import (
     show,
 )
 from tools.rescore_triggers import find_trigger, start_runs
+from tools.round_report import round_summary, told_partial
 from tools.schedule_options import (
     ANNEAL,
     INTERVAL,
@@ -64,8 +65,6 @@ from tools.select_subset import (
     MinPerClassOption,
     MostDisagreementOption,
     StrategyOption,
-    round_summary,
-    told_partial,
 )
 
 app = typer.Typer(add_completion=False)

@@ -7,9 +7,8 @@ from typing import Annotated
 import typer
 
 from dynams_stream.selection import selected_count
-from dynams_stream.store import Round, Store
+from dynams_stream.store import Store
 from dynams_stream.strategy import Strategy
-from pipeline.receipt import BadShard, name_bad_shards
 from pipeline.select_job import MOST_DISAGREEMENT, SelectResult, select_round
 from tools.cluster_options import ClusterOption, SchedulerFileOption, SchedulerOption, scheduler_source
 from tools.command import (
@@ -23,6 +22,7 @@ from tools.command import (
     run,
     show,
 )
+from tools.round_report import round_summary, told_partial
 
 app = typer.Typer(add_completion=False)
 
@@ -101,23 +101,6 @@ def select(
 def as_dict(result: SelectResult) -> dict[str, object]:
     """The result for `--json`."""
     return {"round": result.round.number, "published": result.published, **round_summary(result.round)}
-
-
-def round_summary(published: Round) -> dict[str, object]:
-    """What `select`, `rescore` and `status` tell of a round."""
-    manifest = published.manifest
-    names = ("status", "epoch", "strategy", "fraction", "threshold", "counts", "scores_of", "ended")
-    return {name: manifest[name] for name in names} | {
-        name: manifest.get(name) for name in ("bad_shards", "guards", "faithfulness")
-    }
-
-
-def told_partial(published: Round) -> str:
-    """The warning for people, on a line of its own, when a round lacks shards; nothing else."""
-    left_out = [BadShard(**bad) for bad in published.manifest.get("bad_shards", ())]
-    if not left_out:
-        return ""
-    return f"\nwarning: the round is partial: {len(left_out)} shards were left out:{name_bad_shards(left_out)}"
 
 
 def in_words(result: SelectResult, store: str) -> str:

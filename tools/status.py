@@ -16,7 +16,7 @@ from pipeline.lease import Holder, current_holder
 from pipeline.run_records import LastRun, TriggerState, last_run, trigger
 from tools.command import ConfigOption, DebugOption, JsonOption, StoreOption, run, say, show
 from tools.prometheus import prometheus_text
-from tools.select_subset import round_summary
+from tools.round_report import round_summary
 
 app = typer.Typer(add_completion=False)
 
