@@ -36,6 +36,7 @@ from dynams_stream.cut_part import (
     high_histogram,
     key_score,
     low_histogram,
+    with_weights,
 )
 from dynams_stream.errors import SelectionError, StoreError
 from dynams_stream.ordered_map import OrderedMap
@@ -64,6 +65,7 @@ class CutResult:
         per_class: for each label, how many samples have it ("all") and how many of them are selected ("selected").
             Empty without labels, for a random order, and with more than `MOST_CLASSES` labels.
         selection: what the manifest says of `selection.parquet`: digests, and rows of each shard.
+        sample_weight: canonical text of the expression that gave the weights; None without weights.
     """
 
     fraction: str
@@ -77,6 +79,7 @@ class CutResult:
     selected: int
     per_class: Mapping[int, Mapping[str, int]]
     selection: Mapping[str, str]
+    sample_weight: str | None = None
 
     @property
     def sha256(self) -> str:
@@ -104,6 +107,7 @@ class CutResult:
             },
             "classes": {str(label): dict(counts) for label, counts in sorted(self.per_class.items())},
             "selection": dict(self.selection),
+            "sample_weight": self.sample_weight,
         }
 
 
@@ -125,6 +129,7 @@ def exact_cut(
     strategy: Strategy,
     destination: str,
     quotas: ClassQuotas | None = None,
+    sample_weight: Strategy | None = None,
     ordered_map: OrderedMap = map,
 ) -> CutResult:
     """Select the k samples with the smallest (score, shard, row) and write `selection.parquet`.
@@ -138,12 +143,14 @@ def exact_cut(
         strategy: what to rank by.
         destination: path or URL of the selection to write; it appears whole or not at all.
         quotas: what each class gives in any case, its smallest scores; the k is the same.
+        sample_weight: an expression whose value is written as the weight of each selected sample.
         ordered_map: like `map`; it is given picklable functions of one part and must keep the parts' order. Lazy, it
             keeps memory flat.
 
     Raises:
         UsageError: unless the fraction is in [0, 1]; quotas that k or the strategy does not allow.
         ScoresIncompleteError: a score table is missing or has too few or too many lines.
+        SelectionError: the expression of the weights gives a selected sample none.
         StoreError: a score table is unreadable, holds other samples, or changed while it was cut.
     """
     samples = sum(part.samples for part in parts)
@@ -152,14 +159,16 @@ def exact_cut(
     if quotas:
         by_class = find_class_cut(parts, strategy, wanted, quotas, ordered_map)
         threshold = _largest_threshold(by_class)
-        pieces = positions_by_class(parts, strategy, by_class, ordered_map)
+        pieces: Iterable[PartSelection] = positions_by_class(parts, strategy, by_class, ordered_map)
     else:
         threshold = _find_threshold(parts, strategy, wanted, ordered_map)
         pieces = _positions(parts, strategy, threshold, ordered_map)
+    if sample_weight is not None:
+        pieces = ordered_map(partial(with_weights, weight=sample_weight), zip(parts, pieces, strict=True))
     classes = _ClassCounts()
     with selection_writer(destination) as writer:
         for part, found in zip(parts, pieces, strict=True):
-            writer.append(*rows_by_shard(part.counts, found.positions))
+            writer.append(*rows_by_shard(part.counts, found.positions), found.weights)
             classes.add(found)
         if writer.total != threshold.selected:
             raise StoreError(
@@ -179,6 +188,7 @@ def exact_cut(
         selected=threshold.selected,
         per_class=classes.result(),
         selection=writer.for_manifest(),
+        sample_weight=None if sample_weight is None else str(sample_weight),
     )
 
 

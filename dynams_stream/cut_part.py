@@ -6,7 +6,7 @@ Every function here reads one score table, returns something small and can be pi
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
@@ -146,11 +146,13 @@ class PartSelection:
         positions: uint32, ascending places in the part.
         all_labels: distinct labels of the part, and how often each occurs.
         selected_labels: the same for what is selected, in one or several counts.
+        weights: float32, of each of `positions`; None without weights.
     """
 
     positions: npt.NDArray[np.uint32]
     all_labels: tuple[Counts, Counts]
     selected_labels: tuple[tuple[Counts, Counts], ...]
+    weights: npt.NDArray[np.float32] | None = None
 
 
 def high_histogram(part: ScorePart, strategy: Strategy) -> Histogram:
@@ -199,6 +201,27 @@ def candidates(part: ScorePart, strategy: Strategy, threshold: int, quota: int) 
         all_labels=count_labels(labels),
         below_labels=count_labels(labels[below] if len(labels) else labels),
     )
+
+
+def with_weights(of: tuple[ScorePart, PartSelection], weight: Strategy) -> PartSelection:
+    """After pass 3, where weights are wanted: the value of an expression for each selected sample.
+
+    Raises:
+        SelectionError: a value that is no weight (negative, infinite or not there); names the shard and row.
+    """
+    part, found = of
+    table = _read(part, weight.columns)
+    weights = weight.evaluate({name: table[name].to_numpy()[found.positions] for name in weight.columns})
+    wrong = np.flatnonzero(~(np.isfinite(weights) & (weights >= 0)))
+    if len(wrong):
+        position = int(found.positions[wrong[0]])
+        shard = int(np.searchsorted(np.cumsum(part.counts), position, side="right"))
+        raise SelectionError(
+            f"sample_weight {weight} is {weights[wrong[0]]} for shard {part.first_shard + shard}, row "
+            f"{_rows_of(part.counts)[position]}, and for {len(wrong) - 1} more of the part's {len(weights)} selected "
+            f"samples; write an expression that is finite and not negative for every selected sample"
+        )
+    return replace(found, weights=weights)
 
 
 def _labels(column: pa.ChunkedArray) -> _Labels:

@@ -36,7 +36,7 @@ logger = logging.getLogger(__name__)
 STATE_VERSION = 1
 _PERMANENT = (UsageError, ModelError)
 """Errors of arguments and models, which the next round would meet again."""
-_GUARDS = ("class_balance", "min_per_class", "exclude_noisy", "most_disagreement")
+_CHOICES = ("class_balance", "min_per_class", "exclude_noisy", "most_disagreement", "sample_weight")
 _OPTIONS = {
     name: parameter.default
     for name, parameter in inspect.signature(run_round).parameters.items()
@@ -96,11 +96,11 @@ class DynamicSelection:
         self._begun: int | None = None
         self._round: int | None = None
         self._pending: _Background | None = None
-        require_round(schedule.last_fraction, self._options["strategy"], self._options["fallback"], self._guards)
+        require_round(schedule.last_fraction, self._options["strategy"], self._options["fallback"], self._choices)
 
     @property
-    def _guards(self) -> dict[str, Any]:
-        return {name: self._options[name] for name in _GUARDS}
+    def _choices(self) -> dict[str, Any]:
+        return {name: self._options[name] for name in _CHOICES}
 
     # ---- epochs ------------------------------------------------------------------------------------------------------
 
@@ -178,17 +178,17 @@ class DynamicSelection:
         if self._pending is not None:
             logger.warning(f"epoch {epoch}: the round of epoch {self._pending.epoch} is not ready; no other is begun")
             return
-        options = {name: value for name, value in self._options.items() if name not in ("deadline", *_GUARDS)}
+        options = {name: value for name, value in self._options.items() if name not in ("deadline", *_CHOICES)}
         saved = None
         if Strategy.parse(options["strategy"]).seed is None:
             checked = options["check_samples"] > 0
             saved = save_for_workers(self._store, self._scorer, weights, epoch, with_model=checked)
-        fraction, guards = self.schedule.fraction(due), self._guards
+        fraction, choices = self.schedule.fraction(due), self._choices
         self._pending = _Background(
             due,
             lambda: (
                 make_round(
-                    self._store, self._scorer, saved, fraction=fraction, epoch=epoch, guards=guards, **options
+                    self._store, self._scorer, saved, fraction=fraction, epoch=epoch, choices=choices, **options
                 ).round
             ),
         )
@@ -219,7 +219,7 @@ class DynamicSelection:
         scores = made.manifest["scores_of"] or made.number
         return select_round(
             self._store, fraction=fraction, scores_of=scores, as_newest=True, strategy=self._options["strategy"],
-            workers=self._options["workers"], **self._guards,
+            workers=self._options["workers"], **self._choices,
         ).round.number  # fmt: skip
 
     def wait(self, timeout: float | None = None) -> bool:

@@ -43,14 +43,14 @@ def rescore(
         store, scorer, checkpoint, fraction, strategy: as for `pipeline.run_round`.
         model_checkpoint: the weights of the model whose proxy the checkpoint is, to compare the two with; None for no
             comparison.
-        options: further arguments of `pipeline.rounds.make_round`: guards, fallback, scheduler, workers, progress, …
+        options: further arguments of `pipeline.rounds.make_round`: choices, fallback, scheduler, workers, progress, …
 
     Raises:
         UsageError: arguments that no round can be made with.
         DynamsError: of the step that failed.
     """
     # wrong arguments are refused before the scoring, not after
-    require_round(fraction, strategy, options.get("fallback"), options.get("guards"))
+    require_round(fraction, strategy, options.get("fallback"), options.get("choices"))
     if Strategy.parse(strategy).seed is not None:
         raise UsageError(f"strategy {strategy!r} needs no checkpoint; use dynams select")
     if model_checkpoint is not None and scorer.width == 1:

@@ -58,6 +58,7 @@ def run_round(
     min_per_class: int = 0,
     exclude_noisy: bool = False,
     most_disagreement: float = MOST_DISAGREEMENT,
+    sample_weight: str | None = None,
     calibration_samples: int = 0,
     check_samples: int = CHECK_SAMPLES,
     least_overlap: float = LEAST_OVERLAP,
@@ -80,8 +81,8 @@ def run_round(
         max_bad_shards: shards that cannot be read and may be left out; the round is published as partial then.
         progress: called after every part.
         deadline: under `torch.distributed`, seconds the other ranks wait for rank 0.
-        class_balance, min_per_class, exclude_noisy, most_disagreement: what becomes of classes and of suspected label
-            errors; see `pipeline.select_job.select_round`.
+        class_balance, min_per_class, exclude_noisy, most_disagreement, sample_weight: what becomes of classes and of
+            suspected label errors, and what weighs each sample; see `pipeline.select_job.select_round`.
         calibration_samples: first re-estimate the batch normalisation statistics of what scores from so many samples
             of the whole dataset, in a copy of the weights. Worth it in the middle of a training run (2,000, say).
         check_samples: with a `ParameterSharingProxy` as weights, how many samples are scored by its model, too, to tell
@@ -96,13 +97,14 @@ def run_round(
         DynamsError: of the step that failed; what was scored is kept, and the same call goes on from there.
     """
     store = store if isinstance(store, Store) else Store(store)
-    guards = {
+    choices = {
         "class_balance": class_balance,
         "min_per_class": min_per_class,
         "exclude_noisy": exclude_noisy,
         "most_disagreement": most_disagreement,
+        "sample_weight": sample_weight,
     }
-    require_round(fraction, strategy, fallback, guards)  # before hours of scoring, not after
+    require_round(fraction, strategy, fallback, choices)  # before hours of scoring, not after
 
     def work() -> Round:
         saved = None
@@ -113,26 +115,29 @@ def run_round(
             scheduler=scheduler, workers=workers, device=device, max_errors=max_errors,
             max_bad_shards=max_bad_shards, progress=progress,
             calibration_samples=calibration_samples, check_samples=check_samples, least_overlap=least_overlap,
-            fallback=fallback, guards=guards, on_busy=on_busy,
+            fallback=fallback, choices=choices, on_busy=on_busy,
         ).round  # fmt: skip
 
     return on_rank_zero(store, work, deadline) if has_several_ranks() else work()
 
 
-def require_round(fraction: float | str, strategy: str, fallback: str | None, guards: Mapping[str, Any] | None) -> None:
+def require_round(
+    fraction: float | str, strategy: str, fallback: str | None, choices: Mapping[str, Any] | None
+) -> None:
     """Check what a round is asked for.
 
     Args:
         fraction, strategy, fallback: as for `run_round`.
-        guards: class_balance, min_per_class, exclude_noisy and most_disagreement; those left out are at their defaults.
+        choices: class_balance, min_per_class, exclude_noisy, most_disagreement and sample_weight; those left out are
+            at their defaults.
 
     Raises:
         UsageError: the fraction, the strategy, the quotas of classes or the fallback is not one.
         MissingExtraError: cleanlab is needed and missing.
     """
-    asked = guards or {}
+    asked = choices or {}
     quotas = ClassQuotas(asked.get("class_balance", False), asked.get("min_per_class", 0))
-    require_options(Strategy.parse(strategy), quotas, asked.get("exclude_noisy", False))
+    require_options(Strategy.parse(strategy), quotas, asked.get("exclude_noisy", False), asked.get("sample_weight"))
     selected_count(fraction, 0)
     if fallback not in (None, "full"):
         raise UsageError(f'fallback is {fallback!r}; "full" scores with the model, None does nothing')
@@ -154,7 +159,7 @@ def make_round(
     check_samples: int = CHECK_SAMPLES,
     least_overlap: float = LEAST_OVERLAP,
     fallback: str | None = None,
-    guards: Mapping[str, Any] | None = None,
+    choices: Mapping[str, Any] | None = None,
     as_newest: bool = True,
     max_bad_shards: int = 0,
     on_busy: OnBusy = "fail",
@@ -162,7 +167,7 @@ def make_round(
 ) -> SelectResult:
     """`run_round` in this process, with saved weights (None for a random order, which has no scores).
 
-    `guards` and `as_newest` are `select_round`'s, further arguments `score_round`'s.
+    `choices` and `as_newest` are `select_round`'s, further arguments `score_round`'s.
     """
     job |= {
         "epoch": epoch, "scheduler": scheduler, "workers": workers, "device": device, "max_bad_shards": max_bad_shards,
@@ -170,7 +175,7 @@ def make_round(
     with store_lease(store, "round", on_busy=on_busy) as lease:
         select = partial(
             select_round, store, fraction=fraction, strategy=strategy, workers=workers, as_newest=as_newest,
-            still_ours=lease.require, max_bad_shards=max_bad_shards, **(guards or {}),
+            still_ours=lease.require, max_bad_shards=max_bad_shards, **(choices or {}),
         )  # fmt: skip
         is_large = store.dataset().samples >= CLUSTER_SAMPLES
         if weights is None or (weights.model is None and not calibration_samples):

@@ -64,6 +64,7 @@ def select_round(
     min_per_class: int = 0,
     exclude_noisy: bool = False,
     most_disagreement: float = MOST_DISAGREEMENT,
+    sample_weight: str | None = None,
     max_bad_shards: int = 0,
     faithfulness: Faithfulness | None = None,
     still_ours: Callable[[], None] | None = None,
@@ -85,6 +86,8 @@ def select_round(
         exclude_noisy: leave out samples whose label is suspected to be wrong (`pipeline.label_errors` has the rule),
             judged by the newest score tables up to those that are cut; `excluded.parquet` of the round lists them.
         most_disagreement: warn when more than this share of the selection has a label that the scorer contradicts.
+        sample_weight: an expression over score columns, such as `1 - confidence`: its value becomes the weight of each
+            selected sample, which loaders give as `__weight__`. It must be finite and not negative.
         max_bad_shards: shards that scoring had to leave out; with so many a round is still published, as partial. None
             of their samples is selected.
         faithfulness: how the proxy that scored compared with its model; recorded.
@@ -98,11 +101,11 @@ def select_round(
         MissingExtraError: cleanlab is needed and missing.
         ScoresIncompleteError: when score tables are missing, or were made without too many shards.
         StoreBusyError: another job may be about to score shards that were left out.
-        SelectionError: when no sample has a value to select on.
+        SelectionError: when no sample has a value to select on, or a selected one no weight.
         RoundExistsError: when another job published the round first.
     """
     chosen, quotas = Strategy.parse(strategy), ClassQuotas(class_balance, min_per_class)
-    require_options(chosen, quotas, exclude_noisy)
+    weight = require_options(chosen, quotas, exclude_noisy, sample_weight)
     started = now()
     dataset = store.dataset()
     selected_count(fraction, dataset.samples)
@@ -110,7 +113,7 @@ def select_round(
     parts = {} if scored is None else _complete_parts(store, dataset, scored, max_bad_shards)
     judged_by = score_history(store, dataset, scored) if exclude_noisy and scored is not None else None
     left_out = [bad.shard for bad in bad_shards(part.receipt for part in parts.values())]
-    intent = _intent(dataset.digest, scored, str(chosen), float(fraction), quotas, judged_by, left_out)
+    intent = _intent(dataset.digest, scored, str(chosen), float(fraction), quotas, judged_by, left_out, weight)
     earlier = _same_selection(store, intent)
     if earlier is not None and (not as_newest or earlier.number == store.round("latest").number):
         return SelectResult(earlier, published=False)
@@ -124,6 +127,7 @@ def select_round(
                 strategy=chosen,
                 destination=store.path(schema.selection_path(number)),
                 quotas=quotas,
+                sample_weight=weight,
                 ordered_map=ordered_map,
             )
         if result.scored == 0 and selected_count(fraction, dataset.samples):
@@ -152,20 +156,38 @@ def _ordered_map(client: Client | None, scheduler: str | None, workers: int | No
         yield ordered_dask_map(connected)
 
 
-def require_options(strategy: Strategy, quotas: ClassQuotas, exclude_noisy: bool) -> None:
-    """Refuse what cannot be done, before anything is scored for it.
+def require_options(
+    strategy: Strategy, quotas: ClassQuotas, exclude_noisy: bool, sample_weight: str | None = None
+) -> Strategy | None:
+    """Refuse what cannot be done, before anything is scored for it; gives the parsed expression of the weights.
 
     Raises:
-        UsageError: a random order reads no labels and no scores.
+        UsageError: a random order reads no labels and no scores; the weights are no expression over scores.
         MissingExtraError: cleanlab is needed and missing.
     """
     if exclude_noisy:
         require_cleanlab()
-    if strategy.seed is not None and (quotas or exclude_noisy):
+    if strategy.seed is not None and (quotas or exclude_noisy or sample_weight is not None):
         raise UsageError(
-            f"strategy {strategy} reads no score tables; class_balance, min_per_class and exclude_noisy need them: "
-            f"select on a score"
+            f"strategy {strategy} reads no score tables; class_balance, min_per_class, exclude_noisy and sample_weight "
+            f"need them: select on a score"
         )
+    return None if sample_weight is None else parse_weight(sample_weight)
+
+
+def parse_weight(text: str) -> Strategy:
+    """An expression of weights, of the same grammar as what a selection ranks by.
+
+    Raises:
+        UsageError: it is none.
+    """
+    try:
+        weight = Strategy.parse(text)
+    except UsageError as error:
+        raise UsageError(f"sample_weight is written like a strategy. {error}") from error
+    if weight.seed is not None:
+        raise UsageError(f"sample_weight is {text!r}; write an expression over score columns such as '1 - confidence'")
+    return weight
 
 
 @contextmanager
@@ -251,6 +273,7 @@ def _intent(
     quotas: ClassQuotas,
     judged_by: list[int] | None,
     left_out: list[int],
+    weight: Strategy | str | None = None,
 ) -> dict[str, Any]:
     """What a selection is made from; equal intents make equal bytes."""
     intent = {"dataset": digest, "scores_of": scored, "strategy": strategy, "fraction": fraction}
@@ -260,6 +283,8 @@ def _intent(
         intent["judged_by"] = judged_by
     if left_out:  # tables made without shards may be replaced by others with them
         intent["bad_shards"] = left_out
+    if weight is not None:
+        intent["sample_weight"] = str(weight)
     return intent
 
 
@@ -280,6 +305,7 @@ def _intent_of(published: Round) -> dict[str, Any]:
         quotas,
         manifest.get("excluded", {}).get("judged_by"),
         [bad["shard"] for bad in manifest.get("bad_shards", ())],
+        manifest.get("sample_weight"),
     )
 
 

@@ -15,6 +15,7 @@ from distributed import Client
 import toy_models
 from dynams_stream import ScorerSpec, Store, schema
 from dynams_stream.errors import RoundNotFoundError, ScoresIncompleteError, SelectionError, StoreError, UsageError
+from dynams_stream.samples import SelectedSamples
 from pipeline.score_job import score_round
 from pipeline.select_job import select_round
 
@@ -66,7 +67,12 @@ def test_any_number_of_workers_gives_the_same_bytes(scored: Store) -> None:
 
 @pytest.mark.parametrize(
     "options",
-    [{"strategy": "abs(margin)"}, {"class_balance": True}, {"min_per_class": 20}, {"strategy": "random:3"}],
+    [
+        {"strategy": "abs(margin)"},
+        {"class_balance": True, "sample_weight": "1 + loss"},
+        {"min_per_class": 20},
+        {"strategy": "random:3"},
+    ],
     ids=lambda options: next(iter(options)),
 )
 def test_tasks_of_a_cluster_give_the_same_bytes(scored: Store, client: Client, options: dict[str, Any]) -> None:
@@ -100,6 +106,39 @@ def test_as_newest_makes_latest_mean_this_selection(scored: Store) -> None:
     assert (again.round.number, again.published, again.round.manifest["scores_of"]) == (3, True, 1)
     assert again.round.manifest["selection"] == first.manifest["selection"]
     assert select_round(scored, fraction=0.3, as_newest=True).round.number == 3
+
+
+@pytest.mark.parametrize("quotas", [{}, {"min_per_class": 25}], ids=["plain", "quotas"])
+def test_weights_are_an_expression_of_the_samples_own_scores(scored: Store, quotas: dict[str, Any]) -> None:
+    plain = select_round(scored, fraction=0.2, **quotas).round
+    weighted = select_round(scored, fraction=0.2, sample_weight="(1 - confidence) * loss", **quotas).round
+    assert chosen(scored, weighted.number) == chosen(scored, plain.number)
+    assert (plain.manifest["sample_weight"], weighted.manifest["sample_weight"]) == (None, "(1 - confidence) * loss")
+    table = weighted.scores().to_table()
+    values = (1 - table["confidence"].to_numpy().astype(np.float64)) * table["loss"].to_numpy()
+    places = zip(table["shard"].to_pylist(), table["row"].to_pylist(), strict=True)
+    expected = dict(zip(places, values.astype(np.float32).tolist(), strict=True))
+    samples = SelectedSamples(scored, round=weighted.number)
+    found = [samples[place] for place in range(len(samples))]
+    shards = {url: shard for shard, url in enumerate(scored.dataset().urls)}
+    assert len(found) == 288
+    assert all(sample["__weight__"] == expected[shards[sample["__url__"]], sample["__row__"]] for sample in found)
+    again = select_round(scored, fraction=0.2, sample_weight="( 1 - confidence ) * loss", **quotas)
+    assert (again.round.number, again.published) == (weighted.number, False)
+
+
+def test_what_is_no_weight_is_told_before_or_names_its_sample(scored: Store) -> None:
+    for text, reason in {
+        "1 - certainty": "sample_weight is written like a strategy. .* no score column 'certainty'",
+        "random:3": "write an expression over score columns",
+    }.items():
+        with pytest.raises(UsageError, match=reason):
+            select_round(scored, fraction=0.2, sample_weight=text)
+    with pytest.raises(UsageError, match="random:1 reads no score tables"):
+        select_round(scored, fraction=0.2, strategy="random:1", sample_weight="loss")
+    with pytest.raises(SelectionError, match=r"-distance is -0\.\d+ for shard 0, row 0, and for 99 more of the part's 100"):
+        select_round(scored, fraction=1.0, strategy="loss", sample_weight="-distance")
+    assert scored.rounds() == []
 
 
 def test_a_strategy_without_values_publishes_nothing(digit_store: Store, client: Client, tmp_path: Path) -> None:

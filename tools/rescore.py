@@ -64,6 +64,7 @@ from tools.select_subset import (
     ExcludeNoisyOption,
     MinPerClassOption,
     MostDisagreementOption,
+    SampleWeightOption,
     StrategyOption,
 )
 
@@ -117,6 +118,7 @@ def rescore_command(
     min_per_class: MinPerClassOption = 0,
     exclude_noisy: ExcludeNoisyOption = False,
     most_disagreement: MostDisagreementOption = MOST_DISAGREEMENT,
+    sample_weight: SampleWeightOption = None,
     compare_with: Annotated[
         str | None,
         typer.Option(
@@ -181,15 +183,16 @@ def rescore_command(
     if trigger.when is not None:
         start_runs(context, target, trigger, poll=poll, max_runtime=max_runtime)
         return
-    guards = {
+    choices = {
         "class_balance": class_balance,
         "min_per_class": min_per_class,
         "exclude_noisy": exclude_noisy,
         "most_disagreement": most_disagreement,
+        "sample_weight": sample_weight,
     }
     job = {
         "strategy": strategy, "scheduler": source, "workers": workers, "device": device, "max_errors": max_errors,
-        "max_bad_shards": max_bad_shards, "guards": guards, "calibration_samples": calibration_samples,
+        "max_bad_shards": max_bad_shards, "choices": choices, "calibration_samples": calibration_samples,
         "check_samples": check_samples, "least_overlap": least_overlap, "fallback": fallback, "on_busy": busy,
     }  # fmt: skip
     with recorded_run(target) as record:

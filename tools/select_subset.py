@@ -53,6 +53,11 @@ MostDisagreementOption = Annotated[
     ),
 ]
 
+SampleWeightOption = Annotated[
+    str | None,
+    typer.Option("--sample-weight", help="Weight of each selected sample, by its scores: '1 - confidence', say."),
+]
+
 
 @app.command()
 def select(
@@ -66,6 +71,7 @@ def select(
     min_per_class: MinPerClassOption = 0,
     exclude_noisy: ExcludeNoisyOption = False,
     most_disagreement: MostDisagreementOption = MOST_DISAGREEMENT,
+    sample_weight: SampleWeightOption = None,
     max_bad_shards: MaxBadShardsOption = 0,
     workers: WorkersOption = None,
     scheduler: SchedulerOption = None,
@@ -93,7 +99,8 @@ def select(
     result = select_round(
         Store(store), fraction=fraction, strategy=strategy, scores_of=round, workers=workers,
         class_balance=class_balance, min_per_class=min_per_class, exclude_noisy=exclude_noisy,
-        most_disagreement=most_disagreement, max_bad_shards=max_bad_shards, scheduler=source,
+        most_disagreement=most_disagreement, sample_weight=sample_weight, max_bad_shards=max_bad_shards,
+        scheduler=source,
     )  # fmt: skip
     show(as_dict(result), in_words(result, store), json)
 

@@ -90,6 +90,7 @@ class SelectionConfig(_Strict):
     class_balance: bool = False
     min_per_class: int = pydantic.Field(0, ge=0)
     exclude_noisy: bool = False
+    sample_weight: str | None = None
     scorer: Literal["proxy", "model"] = "model"
     fallback: Literal["full"] | None = None
     calibration_samples: int = pydantic.Field(2000, ge=0)

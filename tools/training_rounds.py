@@ -75,10 +75,11 @@ class Rounds:
     def _make(self, epoch: int, fraction: float, network: nn.Module) -> Round:
         selection = self.config.selection
         strategy = selection.strategy
-        guards: dict[str, Any] = {
+        choices: dict[str, Any] = {
             "class_balance": selection.class_balance,
             "min_per_class": selection.min_per_class,
             "exclude_noisy": selection.exclude_noisy,
+            "sample_weight": selection.sample_weight,
         }
         if self._infobatch is not None:
             return self._infobatch.select(fraction, epoch)
@@ -89,13 +90,13 @@ class Rounds:
             made = run_round(
                 self.store, scorer_spec(self.config), weights=network, fraction=fraction, epoch=epoch,
                 strategy=strategy, client=self.client, device=self.config.training.device,
-                fallback=selection.fallback, calibration_samples=selection.calibration_samples, **guards,
+                fallback=selection.fallback, calibration_samples=selection.calibration_samples, **choices,
             )  # fmt: skip
             self._scores = made.number
             self.scored += self.store.dataset().samples
             return made
         return select_round(
-            self.store, fraction=fraction, strategy=strategy, scores_of=self._scores, as_newest=True, **guards
+            self.store, fraction=fraction, strategy=strategy, scores_of=self._scores, as_newest=True, **choices
         ).round
 
 
