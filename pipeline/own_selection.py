@@ -15,7 +15,8 @@ from dynams_stream.dataset import Dataset
 from dynams_stream.errors import UsageError
 from dynams_stream.selection_file import selection_writer
 from dynams_stream.store import Round, Store
-from pipeline.select_job import now, round_manifest, round_to_publish
+from pipeline.intents import round_to_publish
+from pipeline.manifests import now, round_manifest
 
 Rows = npt.NDArray[np.uint32]
 Weights = npt.NDArray[np.float32]

@@ -1,4 +1,4 @@
-"""What a round still lacks, told from the score tables themselves: their metadata says what made them."""
+"""Which score tables there are and what they lack, told from themselves: their metadata says what made them."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ import pyarrow.parquet as pq
 
 from dynams_stream import schema, storage
 from dynams_stream.dataset import Dataset
-from dynams_stream.errors import ScoresIncompleteError
+from dynams_stream.errors import RoundNotFoundError, ScoresIncompleteError
 from dynams_stream.ordered_map import ordered_thread_map
 from dynams_stream.store import Store
-from pipeline.receipt import Receipt
+from pipeline.receipt import Receipt, bad_shards, name_bad_shards
 
 FOOTER_THREADS = 8
 
@@ -80,3 +80,56 @@ def newest_scores(store: Store, dataset: Dataset) -> int:
     raise ScoresIncompleteError(
         f"{store.url} holds no score tables of its newest dataset; run: dynams score --store {store.url} --model …"
     )
+
+
+def round_to_cut(store: Store, dataset: Dataset, scores_of: int | None) -> int:
+    """The round whose score tables are to be cut: the newest one, or where the tables of the named one lie.
+
+    Raises:
+        RoundNotFoundError: there is no round of that number.
+        ScoresIncompleteError: there are no complete tables.
+    """
+    if scores_of is None:
+        return newest_scores(store, dataset)
+    if scores_of not in store.round_numbers():
+        raise RoundNotFoundError(f"{store.url} holds no round {scores_of}; `dynams status` lists them")
+    if not finished_parts(store, scores_of) and store.is_published(scores_of):
+        reused = store.round(scores_of).manifest["scores_of"]
+        return scores_of if reused is None else int(reused)
+    return scores_of
+
+
+def complete_parts(store: Store, dataset: Dataset, scored: int, max_bad_shards: int) -> dict[int, FinishedPart]:
+    """The score tables of a round, one for each part of the dataset and all made in the same way.
+
+    Raises:
+        ScoresIncompleteError: some are missing, of another dataset or another scorer, or lack too many shards.
+    """
+    done = finished_parts(store, scored)
+    missing = [part.number for part in dataset.parts if part.number not in done]
+    if missing:
+        raise ScoresIncompleteError(
+            f"{store.url}: round {scored} lacks the score tables of {len(missing)} of {len(dataset.parts)} parts "
+            f"(first {missing[:5]}); run dynams score again, it does only what is missing"
+        )
+    foreign = [number for number, part in done.items() if part.identity["dataset"]["digest"] != dataset.digest]
+    if foreign:
+        raise ScoresIncompleteError(
+            f"{store.url}: the score tables of round {scored} belong to dataset version "
+            f"{done[foreign[0]].identity['dataset']['version']}, the newest is {dataset.version}; score it again"
+        )
+    first = done[dataset.parts[0].number].identity
+    mixed = [number for number, part in done.items() if part.identity != first]
+    if mixed:
+        raise ScoresIncompleteError(
+            f"{store.url}: the score tables of round {scored} were not all made by the same scorer and checkpoint "
+            f"(part {mixed[0]} differs from part 0); remove those of part {mixed[0]} and run dynams score again"
+        )
+    left_out = bad_shards(part.receipt for part in done.values())
+    if len(left_out) > max_bad_shards:
+        raise ScoresIncompleteError(
+            f"{store.url}: round {scored} was scored without {len(left_out)} shards, {max_bad_shards} may be left out "
+            f"(--max-bad-shards):{name_bad_shards(left_out)}\n"
+            f"mend them and run dynams score again, or allow so many for a round that is partial"
+        )
+    return done

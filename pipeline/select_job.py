@@ -6,8 +6,6 @@ import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from datetime import UTC, datetime
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -15,24 +13,25 @@ from distributed import Client
 
 from dynams_stream import schema
 from dynams_stream.class_quotas import ClassQuotas
-from dynams_stream.cut import CutResult, ScorePart, exact_cut, rows_by_shard
+from dynams_stream.cut import ScorePart, exact_cut, rows_by_shard
 from dynams_stream.dataset import Dataset
-from dynams_stream.errors import RoundNotFoundError, ScoresIncompleteError, SelectionError, UsageError
+from dynams_stream.errors import ScoresIncompleteError, SelectionError, UsageError
 from dynams_stream.faithfulness import Faithfulness
 from dynams_stream.ordered_map import OrderedMap, ordered_thread_map
 from dynams_stream.selection import selected_count
 from dynams_stream.selection_file import selection_writer
 from dynams_stream.store import Round, Store
 from dynams_stream.strategy import Strategy
-from dynams_stream.version import library_version
 from pipeline.cluster import dask_client
 from pipeline.cores import available_cores
 from pipeline.dask_map import ordered_dask_map
 from pipeline.guards import examine_selection
+from pipeline.intents import round_to_publish, same_selection, selection_intent
 from pipeline.label_errors import require_cleanlab, score_history, suspected_label_errors
 from pipeline.lease import store_lease
-from pipeline.pending import FinishedPart, finished_parts, newest_scores
-from pipeline.receipt import bad_shards, name_bad_shards, total_seconds
+from pipeline.manifests import now, round_manifest
+from pipeline.pending import FinishedPart, complete_parts, finished_parts, round_to_cut
+from pipeline.receipt import bad_shards
 
 logger = logging.getLogger(__name__)
 
@@ -109,12 +108,12 @@ def select_round(
     started = now()
     dataset = store.dataset()
     selected_count(fraction, dataset.samples)
-    scored = None if chosen.seed is not None else _scored_round(store, dataset, scores_of)
-    parts = {} if scored is None else _complete_parts(store, dataset, scored, max_bad_shards)
+    scored = None if chosen.seed is not None else round_to_cut(store, dataset, scores_of)
+    parts = {} if scored is None else complete_parts(store, dataset, scored, max_bad_shards)
     judged_by = score_history(store, dataset, scored) if exclude_noisy and scored is not None else None
     left_out = [bad.shard for bad in bad_shards(part.receipt for part in parts.values())]
-    intent = _intent(dataset.digest, scored, str(chosen), float(fraction), quotas, judged_by, left_out, weight)
-    earlier = _same_selection(store, intent)
+    intent = selection_intent(dataset.digest, scored, str(chosen), float(fraction), quotas, judged_by, left_out, weight)
+    earlier = same_selection(store, intent)
     if earlier is not None and (not as_newest or earlier.number == store.round("latest").number):
         return SelectResult(earlier, published=False)
     with _apart_from_scoring(store, dataset, scored, parts) as lease:
@@ -223,105 +222,6 @@ def _exclude(store: Store, dataset: Dataset, number: int, judged_by: Sequence[in
     return found
 
 
-def _scored_round(store: Store, dataset: Dataset, scores_of: int | None) -> int:
-    if scores_of is None:
-        return newest_scores(store, dataset)
-    if scores_of not in store.round_numbers():
-        raise RoundNotFoundError(f"{store.url} holds no round {scores_of}; `dynams status` lists them")
-    if not finished_parts(store, scores_of) and store.is_published(scores_of):
-        reused = store.round(scores_of).manifest["scores_of"]
-        return scores_of if reused is None else int(reused)
-    return scores_of
-
-
-def _complete_parts(store: Store, dataset: Dataset, scored: int, max_bad_shards: int) -> dict[int, FinishedPart]:
-    done = finished_parts(store, scored)
-    missing = [part.number for part in dataset.parts if part.number not in done]
-    if missing:
-        raise ScoresIncompleteError(
-            f"{store.url}: round {scored} lacks the score tables of {len(missing)} of {len(dataset.parts)} parts "
-            f"(first {missing[:5]}); run dynams score again, it does only what is missing"
-        )
-    foreign = [number for number, part in done.items() if part.identity["dataset"]["digest"] != dataset.digest]
-    if foreign:
-        raise ScoresIncompleteError(
-            f"{store.url}: the score tables of round {scored} belong to dataset version "
-            f"{done[foreign[0]].identity['dataset']['version']}, the newest is {dataset.version}; score it again"
-        )
-    first = done[dataset.parts[0].number].identity
-    mixed = [number for number, part in done.items() if part.identity != first]
-    if mixed:
-        raise ScoresIncompleteError(
-            f"{store.url}: the score tables of round {scored} were not all made by the same scorer and checkpoint "
-            f"(part {mixed[0]} differs from part 0); remove those of part {mixed[0]} and run dynams score again"
-        )
-    left_out = bad_shards(part.receipt for part in done.values())
-    if len(left_out) > max_bad_shards:
-        raise ScoresIncompleteError(
-            f"{store.url}: round {scored} was scored without {len(left_out)} shards, {max_bad_shards} may be left out "
-            f"(--max-bad-shards):{name_bad_shards(left_out)}\n"
-            f"mend them and run dynams score again, or allow so many for a round that is partial"
-        )
-    return done
-
-
-def _intent(
-    digest: str,
-    scored: int | None,
-    strategy: str,
-    fraction: float,
-    quotas: ClassQuotas,
-    judged_by: list[int] | None,
-    left_out: list[int],
-    weight: Strategy | str | None = None,
-) -> dict[str, Any]:
-    """What a selection is made from; equal intents make equal bytes."""
-    intent = {"dataset": digest, "scores_of": scored, "strategy": strategy, "fraction": fraction}
-    if quotas:
-        intent |= {"class_balance": quotas.balance, "min_per_class": quotas.least}
-    if judged_by is not None:
-        intent["judged_by"] = judged_by
-    if left_out:  # tables made without shards may be replaced by others with them
-        intent["bad_shards"] = left_out
-    if weight is not None:
-        intent["sample_weight"] = str(weight)
-    return intent
-
-
-def _same_selection(store: Store, intent: Mapping[str, Any]) -> Round | None:
-    """A published round that was cut from the same scores in the same way."""
-    return next((one for one in reversed(store.rounds()) if _intent_of(one) == intent), None)
-
-
-def _intent_of(published: Round) -> dict[str, Any]:
-    manifest = published.manifest
-    scored = manifest["scores_of"] if manifest["scores_of"] is not None else published.number
-    quotas = ClassQuotas(manifest.get("class_balance", False), manifest.get("min_per_class", 0))
-    return _intent(
-        manifest["dataset"]["digest"],
-        scored if manifest["score_parts"] else None,
-        manifest["strategy"],
-        manifest["fraction"],
-        quotas,
-        manifest.get("excluded", {}).get("judged_by"),
-        [bad["shard"] for bad in manifest.get("bad_shards", ())],
-        manifest.get("sample_weight"),
-    )
-
-
-def round_to_publish(store: Store, scored: int | None, intent: Mapping[str, Any]) -> int:
-    """The scored round itself while no other selection was begun in it; else a round that will name its scores.
-
-    An interrupted job finds the round it had begun: equal intents make equal bytes.
-    """
-    if scored is not None and not store.is_published(scored) and store.claim_selection(scored, intent):
-        return scored
-    for number, claimed in store.claims().items():
-        if claimed == intent and not store.is_published(number):
-            return number
-    return store.claim_round(intent)
-
-
 def _score_parts(
     store: Store, dataset: Dataset, scored: int | None, excluded: Mapping[int, Excluded] | None
 ) -> list[ScorePart]:
@@ -335,42 +235,3 @@ def _score_parts(
         )
         for part in dataset.parts
     ]
-
-
-def round_manifest(
-    store: Store,
-    dataset: Dataset,
-    number: int,
-    scored: int | None,
-    parts: Mapping[int, FinishedPart],
-    result: CutResult,
-    started: str,
-) -> dict[str, Any]:
-    """What `round.json` records."""
-    first = parts[min(parts)] if parts else None
-    provenance: Mapping[str, Any] = first.receipt.provenance if first else {}
-    left_out = bad_shards(part.receipt for part in parts.values())
-    return {
-        "format": schema.FORMAT_VERSION,
-        "round": number,
-        "status": "partial" if left_out else "complete",
-        "bad_shards": [asdict(bad) for bad in left_out],
-        "dataset": {"version": dataset.version, "digest": dataset.digest},
-        "checkpoint": {"path": provenance["checkpoint"], "sha256": first.identity["checkpoint"]} if first else None,
-        "epoch": provenance.get("epoch"),
-        "scorer": first.identity["scorer"] if first else None,
-        **result.for_manifest(),
-        "scores_of": None if scored in (None, number) else scored,
-        "score_parts": sorted(parts),
-        "library": library_version(),
-        "started": provenance.get("started", started),
-        "ended": now(),
-        "seconds": {
-            name: round(seconds, 3) for name, seconds in total_seconds(part.receipt for part in parts.values()).items()
-        },
-    }
-
-
-def now() -> str:
-    """The time in UTC, as manifests record it."""
-    return datetime.now(UTC).isoformat(timespec="seconds")

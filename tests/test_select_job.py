@@ -136,7 +136,9 @@ def test_what_is_no_weight_is_told_before_or_names_its_sample(scored: Store) -> 
             select_round(scored, fraction=0.2, sample_weight=text)
     with pytest.raises(UsageError, match="random:1 reads no score tables"):
         select_round(scored, fraction=0.2, strategy="random:1", sample_weight="loss")
-    with pytest.raises(SelectionError, match=r"-distance is -0\.\d+ for shard 0, row 0, and for 99 more of the part's 100"):
+    with pytest.raises(
+        SelectionError, match=r"-distance is -0\.\d+ for shard 0, row 0, and for 99 more of the part's 100"
+    ):
         select_round(scored, fraction=1.0, strategy="loss", sample_weight="-distance")
     assert scored.rounds() == []
 

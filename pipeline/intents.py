@@ -1,0 +1,78 @@
+"""What a selection is made from: equal intents make equal bytes, so that the same call finds its round again."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from dynams_stream.class_quotas import ClassQuotas
+from dynams_stream.store import Round, Store
+from dynams_stream.strategy import Strategy
+
+
+def selection_intent(
+    digest: str,
+    scored: int | None,
+    strategy: str,
+    fraction: float,
+    quotas: ClassQuotas,
+    judged_by: list[int] | None,
+    left_out: list[int],
+    weight: Strategy | str | None = None,
+) -> dict[str, Any]:
+    """The intent of a selection.
+
+    Args:
+        digest: of the dataset.
+        scored: round whose tables are cut; None for a random order.
+        strategy: canonical text.
+        fraction: γ.
+        quotas: what is asked of classes.
+        judged_by: rounds whose tables told suspected label errors.
+        left_out: shards that scoring left out.
+        weight: expression of the samples' weights.
+    """
+    intent = {"dataset": digest, "scores_of": scored, "strategy": strategy, "fraction": fraction}
+    if quotas:
+        intent |= {"class_balance": quotas.balance, "min_per_class": quotas.least}
+    if judged_by is not None:
+        intent["judged_by"] = judged_by
+    if left_out:  # tables made without shards may be replaced by others with them
+        intent["bad_shards"] = left_out
+    if weight is not None:
+        intent["sample_weight"] = str(weight)
+    return intent
+
+
+def same_selection(store: Store, intent: Mapping[str, Any]) -> Round | None:
+    """A published round that was cut from the same scores in the same way."""
+    return next((one for one in reversed(store.rounds()) if _intent_of(one) == intent), None)
+
+
+def _intent_of(published: Round) -> dict[str, Any]:
+    manifest = published.manifest
+    scored = manifest["scores_of"] if manifest["scores_of"] is not None else published.number
+    quotas = ClassQuotas(manifest.get("class_balance", False), manifest.get("min_per_class", 0))
+    return selection_intent(
+        manifest["dataset"]["digest"],
+        scored if manifest["score_parts"] else None,
+        manifest["strategy"],
+        manifest["fraction"],
+        quotas,
+        manifest.get("excluded", {}).get("judged_by"),
+        [bad["shard"] for bad in manifest.get("bad_shards", ())],
+        manifest.get("sample_weight"),
+    )
+
+
+def round_to_publish(store: Store, scored: int | None, intent: Mapping[str, Any]) -> int:
+    """The scored round itself while no other selection was begun in it; else a round that will name its scores.
+
+    An interrupted job finds the round it had begun: equal intents make equal bytes.
+    """
+    if scored is not None and not store.is_published(scored) and store.claim_selection(scored, intent):
+        return scored
+    for number, claimed in store.claims().items():
+        if claimed == intent and not store.is_published(number):
+            return number
+    return store.claim_round(intent)
