@@ -8,7 +8,8 @@
     │   ├── ShardFormatError         compressed, truncated or not a tar at all
     │   ├── ShardChangedError        not the bytes that were indexed
     │   ├── ShardUnreadableError     it is there, but its bytes cannot be had: no permission, a broken disk or network
-    │   └── DuplicateMemberError     two members of one sample share an extension
+    │   ├── DuplicateMemberError     two members of one sample share an extension
+    │   └── EnergonIndexError        the `.tar.idx` beside it is not its own, or cannot be read or written
     ├── BadShardsError             every bad shard of an indexing run, listed at once
     ├── SampleError                one sample cannot be read, decoded or scored
     ├── StoreError                 the store lacks something, or holds something unexpected
@@ -88,6 +89,10 @@ class ShardUnreadableError(ShardError, OSError):
 
 class DuplicateMemberError(ShardError, ValueError):
     """Two members of one sample share an extension (webdataset refuses such a sample too)."""
+
+
+class EnergonIndexError(ShardError):
+    """Megatron-Energon's index beside the shard is not the shard's, or cannot be read or written."""
 
 
 class BadShardsError(DynamsError):

@@ -11,7 +11,7 @@ import itertools
 import json
 from array import array
 from collections import OrderedDict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import BinaryIO, Final
@@ -82,16 +82,24 @@ class IndexedShard:
         bytes: length of the tar.
         fingerprint: identifies the bytes that were indexed (see `storage`).
         repeated_keys: samples whose key another sample of the shard had before; they are kept apart.
+        by_energon: whether Energon's index said where the samples begin (see `energon_index`).
     """
 
     index: ShardIndex
     bytes: int
     fingerprint: str
     repeated_keys: int
+    by_energon: bool = False
 
 
-def index_shard(url: str) -> IndexedShard:
+def index_shard(
+    url: str, read_samples: Callable[[storage.Reader, str], Iterator[tar.Sample]] = tar.read_samples
+) -> IndexedShard:
     """Index one shard: read its tar headers, not its data.
+
+    Args:
+        url: the shard.
+        read_samples: how its samples are found.
 
     Raises:
         ShardMissingError: when it is not there.
@@ -101,7 +109,7 @@ def index_shard(url: str) -> IndexedShard:
     reader = storage.open_reader(url)
     try:
         fingerprint = storage.fingerprint(reader)  # before the headers: who rewrites the shard meanwhile is found out
-        index = _collect(tar.read_samples(reader, url))
+        index = _collect(read_samples(reader, url))
         return IndexedShard(index, reader.size, fingerprint, repeated_keys(index))
     finally:
         reader.close()
@@ -112,7 +120,7 @@ def repeated_keys(index: ShardIndex) -> int:
     return len(index) - int(pc.count_distinct(index.keys).as_py())
 
 
-def _collect(samples: Iterable[tuple[str, Mapping[str, tuple[int, int]]]]) -> ShardIndex:
+def _collect(samples: Iterable[tar.Sample]) -> ShardIndex:
     keys: list[str] = []
     extensions: dict[str, int] = {}
     starts, codes, offsets, sizes = array("q"), array("i"), array("q"), array("q")

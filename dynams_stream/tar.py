@@ -15,7 +15,8 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Iterator
+from array import array
+from collections.abc import Iterable, Iterator
 from typing import Final, NoReturn
 from zlib import adler32
 
@@ -64,11 +65,17 @@ _COMPRESSIONS: Final = (
     (b"PK\x03\x04", "zip", "unzip"),
 )
 
+Member = tuple[str, int, int, int]
+"""Name of a regular file, byte offset of its data, bytes of it, and where its headers begin: that is the first of the
+PAX and long-name headers that say something of it alone, as with tarfile's `TarInfo.offset`."""
+Sample = tuple[str, dict[str, tuple[int, int]]]
+"""Key, and (offset, size) of the data by extension, in the order of the tar."""
+
 _log = logging.getLogger(__name__)
 
 
-def read_samples(reader: storage.Reader, url: str) -> Iterator[tuple[str, dict[str, tuple[int, int]]]]:
-    """The samples of a shard, in order: (key, {extension: (offset, size)}), as webdataset would yield them.
+def read_samples(reader: storage.Reader, url: str) -> Iterator[Sample]:
+    """The samples of a shard, in order, as webdataset would yield them.
 
     Args:
         reader: the open shard; only headers are read where members are large.
@@ -78,10 +85,24 @@ def read_samples(reader: storage.Reader, url: str) -> Iterator[tuple[str, dict[s
         ShardFormatError: compressed, truncated, not a tar, or with members that cannot be read by offset.
         DuplicateMemberError: two members of one sample share an extension.
     """
+    return group_members(read_members(Walk(reader, url)), url)
+
+
+def group_members(members: Iterable[Member], url: str, begun: array[int] | None = None) -> Iterator[Sample]:
+    """The samples that a shard's members make.
+
+    Args:
+        members: all of them, in the order of the tar.
+        url: the shard's name in errors.
+        begun: of 64-bit integers; takes where the headers of each sample begin, also of those that `__bad__` drops.
+
+    Raises:
+        ShardFormatError, DuplicateMemberError: as `read_samples`.
+    """
     current: str | None = None
     found: dict[str, tuple[int, int]] = {}
     row = 0
-    for name, offset, size in read_members(reader, url):
+    for name, offset, size, header in members:
         parts = split_name(name)
         if parts is None:
             continue
@@ -93,6 +114,8 @@ def read_samples(reader: storage.Reader, url: str) -> Iterator[tuple[str, dict[s
                 yield current, found
                 row += 1
             current, found = key, {}
+            if begun is not None:
+                begun.append(header)
         if extension in found or extension[:2] == "__":
             _require_new(url, row, key, extension, found)
         found[extension] = (offset, size)
@@ -158,22 +181,27 @@ def _require_new(url: str, row: int, key: str, extension: str, found: dict[str, 
 # ---- members ---------------------------------------------------------------------------------------------------------
 
 
-def read_members(reader: storage.Reader, url: str) -> Iterator[tuple[str, int, int]]:
-    """The regular files of a tar (USTAR, GNU and PAX), in order, as (name, byte offset of the data, bytes of it).
+def read_members(walk: Walk, stop: int | None = None) -> Iterator[Member]:
+    """The regular files of a tar (USTAR, GNU and PAX), in order, from where the walk stands.
 
     Ends at the first block of zeros, as tarfile does.
+
+    Args:
+        walk: moves on when all is read, so that another call goes on from there.
+        stop: read no header that begins here or beyond.
 
     Raises:
         ShardFormatError: names the offset and what to do.
     """
-    walk = _Walk(reader, url)
     common, last = Common(b"", "", 0), b""
-    offset, end = 0, walk.require_length()
-    while offset < end:
+    offset, end = walk.offset, walk.require_length()
+    walk.stop = stop = end if stop is None else stop
+    while offset < stop:
         header = walk.window[offset - walk.start : offset - walk.start + BLOCK]
         if len(header) < BLOCK:
             header = walk.read(offset, BLOCK)
         if header == _ZEROS:
+            walk.offset = offset
             walk.finish(offset)
             return
         try:
@@ -188,41 +216,58 @@ def read_members(reader: storage.Reader, url: str) -> Iterator[tuple[str, int, i
             number(header[136:148])  # a time that is none ends the tar for tarfile
         except ValueError:
             walk.refuse_header(offset, header)
-        kind, name = common.kind, text(header[:100])
+        kind, name, first = common.kind, text(header[:100]), offset
         data = offset + BLOCK
         if kind in WITHOUT_DATA or (kind == b"\0" and name.endswith("/")):
             offset = data
-            walk.extensions.clear()
+            walk.forget_extensions()
             continue
         if kind not in EXTENSIONS:
             name = common.prefix + name
             if walk.extensions or walk.global_path is not None:
+                first = offset if walk.first_extension is None else walk.first_extension
                 name, size = walk.extend(offset, name, size)
         offset = data + size + -size % BLOCK
         if size < 0 or offset > end:
             walk.refuse_length(data, name, size)
         if kind in FILES:
-            yield name, data, size
+            yield name, data, size, first
         elif kind in EXTENSIONS:
             walk.add_extension(kind, data, size, name)
-            continue
-        walk.extensions.clear()
-    walk.require_no_extension(offset)
+    walk.offset = offset
+    if offset >= end:
+        walk.require_no_extension(offset)
 
 
-class _Walk:
-    """Where a walk over the headers stands: the bytes at hand, and the extension headers of the next member."""
+class Walk:
+    """Where a walk over the headers stands: the bytes at hand, and the extension headers of the next member.
 
-    def __init__(self, reader: storage.Reader, url: str):
+    Args:
+        reader: the open shard; several walks may go over it at once.
+        url: its name in errors.
+        offset: the header to begin with.
+    """
+
+    def __init__(self, reader: storage.Reader, url: str, offset: int = 0):
         self.url = url
+        self.offset = offset
+        self.stop = reader.size
+        """Bytes beyond are left to others."""
         self.window = b""
         self.start = 0
         self.extensions: list[str | dict[str, str]] = []
         """Long names, and PAX headers, of the member to come; in the order of the tar."""
+        self.first_extension: int | None = None
+        """Offset of the first of them that is about this member alone."""
         self.global_path: str | None = None
         self._size = reader.size
         self._pread = reader.pread
         self._pieces = _LOCAL_PIECES if isinstance(reader, storage.LocalReader) else _REMOTE_PIECES
+
+    @property
+    def reaches_on(self) -> bool:
+        """Whether what comes next may read differently than in a walk that begins there."""
+        return bool(self.extensions) or self.global_path is not None
 
     # ---- bytes -------------------------------------------------------------------------------------------------------
 
@@ -233,6 +278,7 @@ class _Walk:
             # Where headers lie close together all is read, in growing pieces; else a little at each header.
             least, most, near = self._pieces
             piece = least if begin - held >= near else min(most, _GROWTH * max(least, held))
+            piece = min(piece, self.stop - offset)
             if piece < size:
                 piece = size
             if piece > self._size - offset:
@@ -274,6 +320,8 @@ class _Walk:
             elif self.global_path is not None:
                 fields = {"path": self.global_path, **fields}
             self.extensions.append(fields)
+        if kind != PAX_GLOBAL and self.first_extension is None:
+            self.first_extension = offset - BLOCK
 
     def _add_global(self, offset: int, fields: dict[str, str]) -> None:
         if "path" in fields:
@@ -297,7 +345,13 @@ class _Walk:
                 if not (extension["size"].isascii() and extension["size"].isdigit()):
                     self.refuse(offset, f"the member {name!r} has the PAX size {extension['size']!r}; {_AGAIN}")
                 size = int(extension["size"])
+        self.forget_extensions()
         return name, size
+
+    def forget_extensions(self) -> None:
+        """What they say is for the member before alone."""
+        self.extensions.clear()
+        self.first_extension = None
 
     # ---- ends --------------------------------------------------------------------------------------------------------
 

@@ -67,6 +67,7 @@ class IndexReport:
         samples: how many samples they hold.
         repeated_keys: samples whose key another sample of their shard had before; they are kept apart.
         reused_shards: shards that an earlier, perhaps interrupted run had indexed.
+        energon_shards: of the others, those that were read by Energon's index.
         new_shards, changed_shards, removed_shards: against the newest dataset version before.
         seconds: how long it took.
     """
@@ -77,6 +78,7 @@ class IndexReport:
     samples: int
     repeated_keys: int
     reused_shards: int
+    energon_shards: int
     new_shards: int
     changed_shards: int
     removed_shards: int
@@ -90,6 +92,7 @@ def build_index(
     workers: int | None = None,
     progress: Callable[[int, int], None] | None = None,
     drop_removed: bool = False,
+    from_energon: bool = False,
 ) -> IndexReport:
     """Index shards and publish them as a new dataset version, unless the newest one describes exactly these bytes.
 
@@ -99,6 +102,7 @@ def build_index(
         workers: shards that are read at once; by default one per core, or 16 when some are remote.
         progress: called with the shards that are indexed and all of them.
         drop_removed: leave out shards that the newest dataset version has and that are gone, instead of refusing.
+        from_energon: read shards by the `.tar.idx` beside them, where there is one; see `energon_index`.
 
     Raises:
         UsageError: for no shards, or one that is named twice; when all of them are gone.
@@ -121,7 +125,7 @@ def build_index(
     reused = len(job.found)
     published = False
     if not (job.version_is_whole and _describes(previous, shards, prints)):
-        _scan(job, shards, workers, progress)
+        _scan(job, shards, workers, progress, from_energon)
         try:
             table = _dataset_table(job, shards, min(threads, _PART_THREADS))
         except (StoreError, FileNotFoundError) as error:
@@ -140,6 +144,7 @@ def build_index(
         samples=dataset.samples,
         repeated_keys=_repeated_keys(store, dataset),
         reused_shards=reused,
+        energon_shards=job.energon_shards,
         **_changes(previous, dataset),
         seconds=time.monotonic() - started,
     )
@@ -232,6 +237,7 @@ class _Job:
         self.prints = prints
         self.found: dict[str, _Found] = {}
         self.version_is_whole = False
+        self.energon_shards = 0
         self.store = store
         self._fresh: dict[str, IndexedShard] = {}
         self._fresh_members = 0
@@ -282,6 +288,7 @@ class _Job:
     def add(self, url: str, indexed: IndexedShard) -> None:
         """Keep the index of a shard; at times all that is new is written to the store."""
         self.found[url] = _Found(indexed.fingerprint, indexed.bytes, len(indexed.index), indexed.index, 0)
+        self.energon_shards += indexed.by_energon
         self._fresh[url] = indexed
         self._fresh_members += len(indexed.index.offsets)
         if self._fresh_members > COMMIT_MEMBERS or time.monotonic() - self._committed >= COMMIT_SECONDS:
@@ -328,7 +335,13 @@ class _Job:
             storage.remove(url)
 
 
-def _scan(job: _Job, shards: list[str], workers: int | None, progress: Callable[[int, int], None] | None) -> None:
+def _scan(
+    job: _Job,
+    shards: list[str],
+    workers: int | None,
+    progress: Callable[[int, int], None] | None,
+    from_energon: bool,
+) -> None:
     """Index the shards that are not; raises BadShardsError once all the others are done."""
     bad: dict[str, str] = {}
 
@@ -338,7 +351,8 @@ def _scan(job: _Job, shards: list[str], workers: int | None, progress: Callable[
 
     report()
     try:
-        for url, outcome in scan_shards([url for url in shards if url not in job.found], workers):
+        missing = [url for url in shards if url not in job.found]
+        for url, outcome in scan_shards(missing, workers, from_energon=from_energon):
             if isinstance(outcome, str):
                 bad[url] = outcome
             elif outcome.fingerprint != job.prints.setdefault(url, outcome.fingerprint):
@@ -351,17 +365,18 @@ def _scan(job: _Job, shards: list[str], workers: int | None, progress: Callable[
         raise
     if bad:
         job.commit()
-        raise _bad_shards([bad[url] for url in shards if url in bad], len(shards))
+        raise BadShardsError(
+            f"{len(bad)} of {len(shards)} shards cannot be used; nothing was published, the index of the others is "
+            f"kept. Repair them or leave them out, and run again:\n{listed([bad[url] for url in shards if url in bad])}"
+        )
 
 
-def _bad_shards(reasons: list[str], shards: int) -> BadShardsError:
-    listed = [f"  {reason}" for reason in reasons[:BAD_SHARDS_LISTED]]
-    if len(reasons) > len(listed):
-        listed.append(f"  … and {len(reasons) - len(listed)} more")
-    return BadShardsError(
-        f"{len(reasons)} of {shards} shards cannot be used; nothing was published, the index of the others is kept. "
-        f"Repair them or leave them out, and run again:\n" + "\n".join(listed)
-    )
+def listed(reasons: Sequence[str]) -> str:
+    """The first reasons why shards are bad, one a line, and how many more there are."""
+    lines = [f"  {reason}" for reason in reasons[:BAD_SHARDS_LISTED]]
+    if len(reasons) > len(lines):
+        lines.append(f"  … and {len(reasons) - len(lines)} more")
+    return "\n".join(lines)
 
 
 # ---- publishing ------------------------------------------------------------------------------------------------------

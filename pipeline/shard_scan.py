@@ -15,16 +15,18 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from itertools import chain, islice
+from typing import TypeVar
 
-from dynams_stream import storage
+from dynams_stream import energon_index, storage
 from dynams_stream.errors import DynamsError, MissingExtraError, UsageError
 from dynams_stream.index import IndexedShard, index_shard
 from dynams_stream.ordered_map import ordered_thread_map
 from pipeline.cores import available_cores
 
+T = TypeVar("T")
 Outcome = IndexedShard | str
 """A shard's index, or why it has none."""
 
@@ -35,30 +37,38 @@ ALONE_SECONDS = 0.5
 """How long this process works alone before it starts others, which takes them about as long."""
 
 
-def scan_shards(urls: Sequence[str], workers: int | None = None) -> Iterator[tuple[str, Outcome]]:
+def scan_shards(
+    urls: Sequence[str], workers: int | None = None, *, from_energon: bool = False
+) -> Iterator[tuple[str, Outcome]]:
     """Index shards; each one's URL and outcome, in order, as they are finished.
 
     Args:
         urls: absolute paths or URLs.
         workers: shards that are read at once; by default one per core, or 16 when some are remote.
+        from_energon: cut them by Energon's index, where there is one, and share the workers among fewer shards.
 
     Raises:
         DynamsError: when an indexing process was killed.
     """
     remote = any(not storage.is_local(url) for url in urls)
     workers = worker_count(workers, remote=remote)
+    ranges = -(-workers // max(1, len(urls))) if from_energon else 0
+
+    def index(url: str) -> Outcome:
+        return _outcome(url, ranges)
+
     if remote:
-        yield from zip(urls, ordered_thread_map(workers)(_outcome, urls), strict=True)
+        yield from zip(urls, ordered_thread_map(workers)(index, urls), strict=True)
         return
     stop = time.monotonic() + ALONE_SECONDS
     waiting = iter(urls)
     for url in waiting:
-        yield url, _outcome(url)
+        yield url, index(url)
         if workers > 1 and time.monotonic() > stop:
             break
     rest = list(waiting)
     if rest:
-        yield from zip(rest, _in_processes(rest, workers), strict=True)
+        yield from zip(rest, _in_processes(rest, workers, ranges), strict=True)
 
 
 def worker_count(workers: int | None, *, remote: bool) -> int:
@@ -74,9 +84,15 @@ def worker_count(workers: int | None, *, remote: bool) -> int:
     return workers
 
 
-def _outcome(url: str) -> Outcome:
+def _outcome(url: str, ranges: int) -> Outcome:
+    """The index of one shard, cut by Energon's into so many ranges at once; of none with 0."""
+    return attempt(url, lambda: energon_index.index_shard(url, ranges) if ranges else index_shard(url))
+
+
+def attempt(url: str, work: Callable[[], T]) -> T | str:
+    """What `work` on a shard gives, or why it failed: the other shards go on."""
     try:
-        return index_shard(url)
+        return work()
     except MissingExtraError:
         raise
     except DynamsError as error:
@@ -88,7 +104,7 @@ def _outcome(url: str) -> Outcome:
 # ---- processes -------------------------------------------------------------------------------------------------------
 
 
-def _in_processes(urls: Sequence[str], workers: int) -> Iterator[Outcome]:
+def _in_processes(urls: Sequence[str], workers: int, ranges: int) -> Iterator[Outcome]:
     size = max(1, min(BATCH_SHARDS, len(urls) // (4 * workers)))
     shards = iter(urls)
     batches = list(iter(lambda: list(islice(shards, size)), []))
@@ -100,7 +116,7 @@ def _in_processes(urls: Sequence[str], workers: int) -> Iterator[Outcome]:
     def run(batch: list[str]) -> list[Outcome]:
         process = idle.get()
         try:
-            return process.index(batch)
+            return process.index(batch, ranges)
         finally:
             idle.put(process)
 
@@ -124,13 +140,13 @@ class _Process:
             start_new_session=True,
         )
 
-    def index(self, urls: list[str]) -> list[Outcome]:
-        """The outcomes of `urls`, in order."""
+    def index(self, urls: list[str], ranges: int) -> list[Outcome]:
+        """The outcomes of `urls`, in order; `ranges` as for `_outcome`."""
         stdin, stdout = self._process.stdin, self._process.stdout
         if stdin is None or stdout is None:
             raise DynamsError("an indexing process has no pipes; run again with workers=1")
         try:
-            stdin.write(json.dumps(urls).encode() + b"\n")
+            stdin.write(json.dumps([urls, ranges]).encode() + b"\n")
             stdin.flush()
             outcomes: list[Outcome] = pickle.load(stdout)  # written by this very program a moment ago
         except (EOFError, BrokenPipeError, pickle.UnpicklingError) as error:
@@ -151,12 +167,13 @@ class _Process:
 
 
 def _serve() -> None:
-    """Read lines with JSON lists of URLs from standard input, answer each with the pickled outcomes."""
+    """Read lines with JSON lists of URLs, and `ranges`, from standard input, answer each with the pickled outcomes."""
     signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # the caller was killed: nobody wants the answer
     answers = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)  # what anything prints must not get among the answers
     for line in sys.stdin.buffer:
-        pickle.dump([_outcome(url) for url in json.loads(line)], answers, protocol=pickle.HIGHEST_PROTOCOL)
+        urls, ranges = json.loads(line)
+        pickle.dump([_outcome(url, ranges) for url in urls], answers, protocol=pickle.HIGHEST_PROTOCOL)
         answers.flush()
 
 
