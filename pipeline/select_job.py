@@ -35,8 +35,8 @@ from pipeline.receipt import bad_shards
 
 logger = logging.getLogger(__name__)
 
-MOST_DISAGREEMENT = 0.25
-"""Share of contradicted labels in a selection above which is warned."""
+MOST_DISAGREEMENT = 0.15
+"""Share of contradicted labels in a selection above which is warned; where it comes from is in docs/method.md."""
 
 Excluded = npt.NDArray[np.uint32]
 

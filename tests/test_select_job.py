@@ -247,7 +247,7 @@ def test_an_emptied_class_and_contradicted_labels_are_told(scored: Store, caplog
     expected = float(np.mean((margin[largest] < 0) & (loss[largest] > math.log(10))))
     assert wrong["label_disagreement"] == pytest.approx(expected)
     assert expected > 0.5  # of an untrained model
-    assert "have a label that the scorer gives less than chance (bound 25 %)" in caplog.text
+    assert "have a label that the scorer gives less than chance (bound 15 %)" in caplog.text
     assert sum("less than chance" in warning for warning in wrong["warnings"]) == 1
     caplog.clear()
     assert select_round(scored, fraction=0.21, strategy="-loss", most_disagreement=1.0).published
