@@ -236,7 +236,7 @@ def test_a_part_whose_worker_always_dies_is_named_and_the_others_are_done(
     marker.write_text(str(deadly))
     monkeypatch.setitem(ENVIRONMENT, "DYNAMS_TEST_MARKER", str(marker))
     arguments = command(digit_store, checkpoint, "--workers", "1", transform="deadly_gray")
-    failed = subprocess.run(arguments, env=ENVIRONMENT, capture_output=True, text=True, timeout=200)
+    failed = subprocess.run(arguments, env=ENVIRONMENT, capture_output=True, text=True, timeout=280)
     assert failed.returncode == 1, failed.stderr
     assert "1 of 15 parts could not be scored" in failed.stderr
     assert f"part {part}: its worker died, and again when it was run alone" in failed.stderr
