@@ -15,11 +15,12 @@ from pipeline.cluster_spec import ClusterSpec, CudaOptions, LocalOptions
 from pipeline.cores import available_cores
 
 # Scores are not kept in Dask's memory, so there is nothing to spill; pausing would only stall a worker whose decoded
-# batches fill its memory for a moment.
+# batches fill its memory for a moment. Dask's profiler looks at all threads a hundred times a second: 5 % of a core.
 WORKER_SETTINGS = {
     "distributed.worker.memory.target": False,
     "distributed.worker.memory.spill": False,
     "distributed.worker.memory.pause": False,
+    "distributed.worker.profile.enabled": False,
     "distributed.scheduler.allowed-failures": 1,
     "distributed.admin.system-monitor.gil.enabled": False,
 }

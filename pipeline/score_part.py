@@ -25,7 +25,7 @@ from pipeline.batch_scores import scored_batches
 from pipeline.part_reader import Decoder, part_batches, require_unchanged
 from pipeline.receipt import BadShard, Clock, Receipt
 from pipeline.score_table import Batch, ScoreTable
-from pipeline.worker_hardware import worker_cores, worker_device
+from pipeline.worker_hardware import keep_freed_memory, worker_cores, worker_device
 
 
 @dataclass(frozen=True)
@@ -154,6 +154,7 @@ def worker_scorer(spec: ScorerSpec, checkpoint: str | None, sha256: str | None, 
         there, scorer = _LOADED.get(made_from, ("", None))
         if scorer is None or version not in ("", there):
             _LOADED.clear()  # two models may be too much for a GPU
+            keep_freed_memory()
             scorer = Scorer(spec, checkpoint, made_from[-1], sha256)
             _LOADED[made_from] = version, scorer
         return scorer

@@ -1,8 +1,10 @@
-"""What a worker process may use of its machine: how many cores, and which GPU."""
+"""What a worker process may use of its machine: how many cores, which GPU, and memory that it has freed."""
 
 from __future__ import annotations
 
+import ctypes
 import os
+import platform
 import re
 from collections.abc import Mapping
 
@@ -12,6 +14,24 @@ from distributed import get_worker
 
 from dynams_stream.errors import ScoringError, UsageError
 from pipeline.cores import available_cores
+
+_DASKS_TRIM_THRESHOLD = "65536"
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
+_KEPT_BYTES, _LARGEST_KEPT_BYTES = 256 << 20, 32 << 20
+
+
+def keep_freed_memory() -> None:
+    """Let the allocator keep what images and batches free for the next ones, where Dask has told it not to.
+
+    Dask's nanny starts workers with MALLOC_TRIM_THRESHOLD_=65536. glibc gives the pages of each decoded image back to
+    the system then and gets them again, zeroed, for the next one: 138 page faults and a fifth of the processor time of
+    a 13 KB JPEG. Another value was set by somebody who wants it, and stays.
+    """
+    if os.environ.get("MALLOC_TRIM_THRESHOLD_") != _DASKS_TRIM_THRESHOLD or platform.libc_ver()[0] != "glibc":
+        return
+    libc = ctypes.CDLL(None)
+    libc.mallopt(_M_MMAP_THRESHOLD, _LARGEST_KEPT_BYTES)
+    libc.mallopt(_M_TRIM_THRESHOLD, _KEPT_BYTES)
 
 
 def worker_cores() -> int:

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import platform
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -13,6 +17,7 @@ from pipeline.cluster import dask_client
 from pipeline.cores import available_cores
 from pipeline.worker_hardware import own_gpu, worker_cores, worker_device
 
+ROOT = Path(__file__).resolve().parents[1]
 ONE_CHOSEN = {"CUDA_VISIBLE_DEVICES": "3"}
 ROTATED = {"CUDA_VISIBLE_DEVICES": "3,0,1,2"}
 SHARED = {"CUDA_VISIBLE_DEVICES": "2,3", "DYNAMS_SHARED_GPUS": "1"}
@@ -43,6 +48,35 @@ def test_each_worker_takes_its_own_gpu(
 def test_workers_that_would_all_take_the_same_gpu_are_refused() -> None:
     with pytest.raises(ScoringError, match=r"'tcp://10\.0\.0\.1:40331' sees 8 GPUs.*--name gpu-0"):
         own_gpu("tcp://10.0.0.1:40331", 8, {})
+
+
+FAULTS = """
+import resource
+from pipeline.worker_hardware import keep_freed_memory
+
+def faults():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for _ in range(1000):
+        bytearray(300_000)
+    return (resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before) // 1000
+
+before = faults()
+keep_freed_memory()
+print(before, faults())
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc's allocator is told")
+def test_freed_memory_is_kept_where_dask_would_give_it_back() -> None:
+    found = {}
+    for threshold in ("65536", "65537"):
+        environment = {**os.environ, "MALLOC_TRIM_THRESHOLD_": threshold}
+        program = [sys.executable, "-c", FAULTS]
+        done = subprocess.run(program, env=environment, capture_output=True, text=True, check=True, cwd=ROOT)
+        found[threshold] = [int(count) for count in done.stdout.split()]
+    pages = 300_000 // 4096
+    assert found["65536"] == [pytest.approx(pages, abs=3), 0]
+    assert found["65537"][1] == pytest.approx(pages, abs=3), "a value of somebody's own stays"
 
 
 def test_a_device_that_is_named_is_taken() -> None:
