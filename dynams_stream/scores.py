@@ -210,17 +210,19 @@ def _require_labels(labels: Tensor, samples: int, classes: int) -> None:
 
 
 def _score(logits: Tensor, labels: Tensor, norms: BoundaryNorms) -> ScoreBatch:
-    finite = torch.isfinite(logits.float()).all(1)
+    finite = logits.float().abs().amax(1) < torch.inf  # amax hands a NaN on
     z = torch.where(finite[:, None], logits.double(), 0.0)
     labelled = labels >= 0
     label = labels.clamp(min=0)
     predicted = _first(z == z.amax(1, keepdim=True))
 
-    distance, runner_up = _nearest_boundary(z, predicted, norms)
+    quotients = _boundary_distances(z, predicted, norms)
+    distance = quotients.amin(1)
+    runner_up = torch.where(distance == torch.inf, -1, _first(quotients == distance[:, None]))
     margin = distance.clone()
     wrong = (label != predicted).nonzero().squeeze(1)
     if len(wrong):
-        margin[wrong] = _nearest_boundary(z[wrong], label[wrong], norms)[0]
+        margin[wrong] = _boundary_distances(z[wrong], label[wrong], norms).amin(1)
     loss, el2n, entropy, confidence = _softmax_scores(z, predicted, label)
 
     def column(values: Tensor, known: Tensor) -> Tensor:
@@ -243,21 +245,17 @@ def _score(logits: Tensor, labels: Tensor, norms: BoundaryNorms) -> ScoreBatch:
 
 def _first(mask: Tensor) -> Tensor:
     """Column of the first true value of each row, 0 where there is none (torch's argmax leaves ties open)."""
-    columns = torch.arange(mask.shape[1], device=mask.device)
-    first = torch.where(mask, columns, mask.shape[1]).amin(1)
+    columns = torch.arange(mask.shape[1], device=mask.device, dtype=torch.int32)
+    first = torch.where(mask, columns, mask.shape[1]).amin(1).long()
     return torch.where(first < mask.shape[1], first, 0)
 
 
-def _nearest_boundary(z: Tensor, classes: Tensor, norms: BoundaryNorms) -> tuple[Tensor, Tensor]:
-    """Signed distance from each sample to the nearest boundary of its class in `classes`, and the class across it."""
+def _boundary_distances(z: Tensor, classes: Tensor, norms: BoundaryNorms) -> Tensor:
+    """Signed distance from each sample to each boundary of its class in `classes`, (B, C); +inf where there is none."""
     between = norms.rows(classes)
-    none = between == torch.inf
-    # +inf means "no boundary": a quotient too large for float32 must not look like it.
-    quotient = ((z.gather(1, classes[:, None]) - z) / between).clamp_(-_LARGEST, _LARGEST)
-    quotient[none] = torch.inf
-    distance = quotient.amin(1)
-    across = _first(quotient == distance[:, None])
-    return distance, torch.where(distance == torch.inf, -1, across)
+    # A quotient too large for float32 must not look like "no boundary".
+    quotients = ((z.gather(1, classes[:, None]) - z) / between).clamp_(-_LARGEST, _LARGEST)
+    return quotients.masked_fill_(between == torch.inf, torch.inf)
 
 
 def _softmax_scores(z: Tensor, predicted: Tensor, label: Tensor) -> tuple[Tensor, ...]:
