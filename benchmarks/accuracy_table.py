@@ -180,10 +180,15 @@ _SCORERS = {"proxy": "tab:blue", "model": "tab:orange"}
 
 
 def plot_budgets(rows: Sequence[Row], path: Path) -> None:
-    """Accuracy by mean budget, a line for each method; a panel for each condition, with full data as a band."""
+    """Test error by mean budget, a line for each method; a panel for each condition, with full data as a band.
+
+    Errors are on a logarithmic scale: some methods end near chance, others differ by a tenth of a point.
+    """
+    import matplotlib
     from matplotlib.figure import Figure
 
     conditions = list(dict.fromkeys(row.condition for row in rows))
+    colours = matplotlib.colormaps["tab20"]
     figure = Figure(figsize=(5.2 * len(conditions), 5.5), layout="constrained")
     for panel, condition in zip(figure.subplots(1, len(conditions), squeeze=False)[0], conditions, strict=True):
         methods: dict[str, list[tuple[float, Row]]] = {}
@@ -192,20 +197,27 @@ def plot_budgets(rows: Sequence[Row], path: Path) -> None:
             if row.condition == condition and found:
                 methods.setdefault(method, []).append((float(budget), row))
             elif row.condition == condition:
-                low, high = row.accuracy - row.deviation, row.accuracy + row.deviation
-                panel.axhspan(low, high, color="black", alpha=0.15, label="full data, mean ± sd")
+                error = 100 - row.accuracy
+                panel.axhspan(
+                    error - row.deviation, error + row.deviation, color="black", alpha=0.15,
+                    label="full data, mean ± sd",
+                )  # fmt: skip
         for number, (method, points) in enumerate(methods.items()):
             shift = 1 + 0.012 * (number - len(methods) / 2)  # error bars beside each other
             panel.errorbar(
-                [budget * shift for budget, _ in points], [row.accuracy for _, row in points],
+                [budget * shift for budget, _ in points], [100 - row.accuracy for _, row in points],
                 [row.deviation for _, row in points], marker="o", markersize=4, capsize=2, linewidth=1,
-                linestyle="-" if method.startswith("DynaMS") else ":", color=f"C{number}", label=method,
+                linestyle="-" if method.startswith("DynaMS") else ":", color=colours(number), label=method,
             )  # fmt: skip
-        panel.set(xscale="log", xlabel="mean budget, warm-up included", title=condition)
-        panel.set_xticks([0.1, 0.3, 0.6], ["0.1", "0.3", "0.6"])
+        panel.set(xscale="log", yscale="log", xlabel="mean budget, warm-up included", title=condition)
         panel.minorticks_off()
+        panel.set_xticks([0.1, 0.3, 0.6], ["0.1", "0.3", "0.6"])
+        low, high = panel.get_ylim()
+        ticks = [error for error in (1, 1.2, 1.4, 1.6, 2, 3, 5, 10, 15, 20, 30, 50, 90) if low <= error <= high]
+        panel.set_yticks(ticks, [f"{error:g}" for error in ticks])
+        panel.invert_yaxis()
         panel.grid(alpha=0.3)
-    figure.axes[0].set(ylabel="test accuracy, %")
+    figure.axes[0].set(ylabel="test error, % (better is higher)")
     handles, labels = figure.axes[-1].get_legend_handles_labels()
     figure.legend(handles, labels, fontsize=8, loc="outside lower center", ncols=4)
     figure.savefig(path, dpi=130)
