@@ -113,7 +113,10 @@ def headline() -> Iterator[Setting]:
 
 
 def budgets() -> Iterator[Setting]:
-    """Every method at mean fractions of 0.6, 0.3 and 0.1, warm-up included (none at 0.1, which it would use up)."""
+    """Every method at mean fractions of 0.6, 0.3 and 0.1, warm-up included.
+
+    At 0.1 a warm-up on everything would use it up: there is none, or one on random samples.
+    """
     for condition in CONDITIONS:
         yield Setting("full data", "full", condition)
         for budget in (0.6, 0.3, 0.1):
@@ -139,6 +142,11 @@ def budgets() -> Iterator[Setting]:
                 "largest EL2N, model": "-el2n",
             }.items():
                 yield dynams(f"{budget}: {name}", condition, strategy=strategy, **power, **BY_MODEL)
+            if budget == 0.1:
+                warm = {**power, "warmup": 4, "warmup_fraction": 0.1}
+                yield Setting(f"{budget}: static distance, random warm-up", "static", condition, {"selection": warm})
+                yield dynams(f"{budget}: DynaMS, proxy, random warm-up", condition, **warm)
+                yield dynams(f"{budget}: DynaMS, model, random warm-up", condition, **warm, **BY_MODEL)
             if condition == "long tail":
                 for name, quotas in {
                     "class_balance": {"class_balance": True},

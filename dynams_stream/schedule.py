@@ -2,12 +2,13 @@
 
     epoch      0 … warmup−1 │ interval epochs │ interval epochs │ … │ the rest │ anneal epochs
     round            –      │      k = 1      │      k = 2      │   │   k = K  │       –
-    fraction         1      │       γ_1       │       γ_2       │   │    γ_K   │       1
+    fraction         w      │       γ_1       │       γ_2       │   │    γ_K   │       1
 
 There are K = ⌈(epochs − warmup − anneal) / interval⌉ rounds; the last may be shorter. γ_k never rises, and γ_K is
 `final`.
 The warm-up gives the model a boundary worth measuring; the last stretch on everything removes the bias that selection
-leaves.
+leaves. w is 1, everything, unless `warmup_fraction` says less: then each epoch of the warm-up draws a random selection
+of its own, which is for small budgets, where a warm-up on everything would leave nothing.
 """
 
 from __future__ import annotations
@@ -33,11 +34,12 @@ class Schedule(ABC):
 
     Args:
         epochs: epochs of the whole run, numbered from 0.
-        warmup: first epochs that train on everything.
+        warmup: first epochs, which train on everything or, with a `warmup_fraction`, on random samples.
         anneal: last epochs that train on everything.
         interval: epochs of a round.
         final: γ of the last round, in (0, 1].
         budget: instead of `final`: the mean fraction over all epochs, warm-up and anneal included.
+        warmup_fraction: share of all samples that an epoch of the warm-up trains on, drawn anew for each; in (0, 1].
 
     Raises:
         UsageError: an argument is out of range; for a budget, the message names the attainable range.
@@ -49,6 +51,7 @@ class Schedule(ABC):
     interval: int = 1
     final: float | None = None
     budget: float | None = None
+    warmup_fraction: float = 1.0
 
     def __post_init__(self) -> None:
         for name, least in (("epochs", 1), ("warmup", 0), ("anneal", 0), ("interval", 1)):
@@ -61,7 +64,7 @@ class Schedule(ABC):
         if (self.final is None) == (self.budget is None):
             given = "both" if self.final is not None else "neither"
             raise UsageError(f"give exactly one of final (last fraction) and budget (mean fraction); {given} given")
-        for name in ("final", "budget"):
+        for name in ("final", "budget", "warmup_fraction"):
             value = getattr(self, name)
             number = isinstance(value, Real) and not isinstance(value, bool)
             if value is not None and not (number and 0 < value <= 1):
@@ -82,7 +85,7 @@ class Schedule(ABC):
     def fraction(self, epoch: int) -> float:
         """Share of all samples that `epoch` trains on, in (0, 1], rounded to 12 decimals."""
         if not self._selects(epoch):
-            return 1.0
+            return float(self.warmup_fraction) if epoch < self.warmup else 1.0
         number = (epoch - self.warmup) // self.interval + 1
         if number == self.rounds:
             return self.last_fraction
@@ -93,14 +96,19 @@ class Schedule(ABC):
         """Whether a round has to be scored and selected before `epoch`."""
         return self._selects(epoch) and (epoch - self.warmup) % self.interval == 0
 
+    def draws(self, epoch: int) -> bool:
+        """Whether a random selection has to be drawn before `epoch`: one of the warm-up, on less than everything."""
+        self._selects(epoch)
+        return epoch < self.warmup and self.warmup_fraction < 1
+
     def rounds_follow(self, epoch: int) -> bool:
         """Whether a round begins after `epoch`: until then the proxy has to be trained along."""
         self._selects(epoch)
         return epoch < self.warmup + (self.rounds - 1) * self.interval
 
     def round(self, epoch: int) -> Literal["latest"] | None:
-        """What `epoch` streams: None (everything) in warm-up and anneal, else the newest round."""
-        return "latest" if self._selects(epoch) else None
+        """What `epoch` streams: the newest round, scored or drawn; None (everything) where neither is."""
+        return "latest" if self._selects(epoch) or self.draws(epoch) else None
 
     def total_steps(self, samples: int, batch: int) -> int:
         """Optimiser steps of the whole run, as learning-rate schedulers ask for.
@@ -135,15 +143,16 @@ class Schedule(ABC):
         selecting = self.epochs - self.warmup - self.anneal
         lengths = [min(self.interval, selecting - start) for start in range(0, selecting, self.interval)]
         parts = [n * self._fraction_of_round(k, final) for k, n in enumerate(lengths, start=1)]
-        return math.fsum([*parts, self.warmup + self.anneal]) / self.epochs
+        return math.fsum([*parts, self.warmup * self.warmup_fraction, self.anneal]) / self.epochs
 
     def _require_attainable(self, budget: float) -> None:
-        least = self._mean(_SMALLEST_FINAL)
-        if budget < least:
+        least, most = self._mean(_SMALLEST_FINAL), self._mean(1.0)
+        if not least <= budget <= most:
             raise UsageError(
                 f"budget={budget} cannot be reached: with epochs={self.epochs}, warmup={self.warmup}, "
-                f"anneal={self.anneal}, interval={self.interval} this schedule's mean fraction lies in "
-                f"[{math.ceil(least * 1e6) / 1e6}, 1]; shorten the warm-up or the anneal, or raise the budget"
+                f"anneal={self.anneal}, interval={self.interval}, warmup_fraction={self.warmup_fraction} this "
+                f"schedule's mean fraction lies in [{math.ceil(least * 1e6) / 1e6}, {math.floor(most * 1e6) / 1e6:g}]; "
+                f"change the budget, the warm-up or the anneal"
             )
 
     def _solve(self, budget: float) -> float:

@@ -121,6 +121,8 @@ class DynamicSelection:
         if epoch != self._begun:
             if self.schedule.round(epoch) is None:
                 self._round = None
+            elif self.schedule.draws(epoch):
+                self._draw(epoch)
             elif self.schedule.starts_round(epoch) or self._is_late(epoch):
                 self._take_up(epoch, weights)
             if self._background:
@@ -153,6 +155,15 @@ class DynamicSelection:
                     self._store, self._scorer, fraction=fraction, weights=weights, epoch=epoch, **self._options
                 )
                 self._round = made.number
+
+    def _draw(self, epoch: int) -> None:
+        """A random selection, for an epoch of the warm-up that is not on everything."""
+        options = {name: self._options[name] for name in ("workers", "deadline", "on_busy")}
+        with self._kept_on_failure(epoch):
+            self._round = run_round(
+                self._store, self._scorer, fraction=self.schedule.fraction(epoch), strategy=f"random:{epoch}",
+                epoch=epoch, **options,
+            ).number  # fmt: skip
 
     @contextmanager
     def _kept_on_failure(self, epoch: int) -> Iterator[None]:

@@ -58,6 +58,24 @@ def test_rounds_come_when_the_schedule_says(digit_store: Store, network: Paramet
     assert selection.failures == []
 
 
+def test_a_warm_up_on_random_samples_draws_anew_for_each_epoch(
+    digit_store: Store, network: ParameterSharingProxy, client: Client
+) -> None:
+    schedule = LinearSchedule(5, warmup=2, anneal=1, interval=2, final=0.2, warmup_fraction=0.1)
+    dataset = SelectedDataset(digit_store, batch_size=50)
+    selection = DynamicSelection(digit_store, SLIM, schedule, dataset=dataset, client=client, least_overlap=0)
+    seen = []
+    for epoch in range(5):
+        train(selection, network, [epoch])
+        seen.append({(sample["__url__"], sample["__row__"]) for sample in dataset})
+    assert [len(one) for one in seen] == [144, 144, 288, 288, 1437]
+    assert seen[0] != seen[1]
+    rounds = digit_store.rounds()
+    assert [one.manifest["strategy"] for one in rounds] == ["random:0", "random:1", "distance"]
+    assert [one.epoch for one in rounds[2:]] == [2]
+    assert selection.failures == []
+
+
 def test_background_rounds_are_ready_when_they_are_due(
     digit_store: Store, network: ParameterSharingProxy, client: Client
 ) -> None:

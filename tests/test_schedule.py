@@ -99,15 +99,19 @@ def test_without_warmup_the_first_epoch_starts_a_round() -> None:
 
 
 @st.composite
-def shapes(draw: st.DrawFn) -> dict[str, int]:
+def shapes(draw: st.DrawFn) -> dict[str, Any]:
     epochs = draw(st.integers(1, 60))
     warmup = draw(st.integers(0, epochs - 1))
     anneal = draw(st.integers(0, epochs - 1 - warmup))
-    return {"epochs": epochs, "warmup": warmup, "anneal": anneal, "interval": draw(st.integers(1, 8))}
+    part = draw(st.sampled_from([1.0, 0.3]))
+    return {
+        "epochs": epochs, "warmup": warmup, "anneal": anneal, "interval": draw(st.integers(1, 8)),
+        "warmup_fraction": part,
+    }  # fmt: skip
 
 
 @given(shapes(), st.sampled_from(KINDS), st.floats(1e-6, 1.0))
-def test_a_schedule_falls_to_final_and_not_below(shape: dict[str, int], kind: type[Schedule], final: float) -> None:
+def test_a_schedule_falls_to_final_and_not_below(shape: dict[str, Any], kind: type[Schedule], final: float) -> None:
     schedule = kind(**shape, final=final)
     selecting = range(shape["warmup"], shape["epochs"] - shape["anneal"])
     values = [schedule.fraction(epoch) for epoch in selecting]
@@ -123,17 +127,21 @@ def test_a_schedule_falls_to_final_and_not_below(shape: dict[str, int], kind: ty
         expected = by_formula(kind, k, schedule.rounds, final)
         assert schedule.fraction(start) == pytest.approx(expected, abs=1e-12)
     for epoch in set(range(shape["epochs"])) - set(selecting):
-        assert schedule.fraction(epoch) == 1.0
-        assert schedule.round(epoch) is None
+        part = shape["warmup_fraction"] if epoch < shape["warmup"] else 1.0
+        assert schedule.fraction(epoch) == part
+        assert schedule.round(epoch) == (None if part == 1 else "latest")
+        assert schedule.draws(epoch) == (part < 1)
         assert not schedule.starts_round(epoch)
+    assert not any(schedule.draws(epoch) for epoch in selecting)
 
 
 @given(shapes(), st.sampled_from(KINDS), st.floats(0.001, 1.0))
-def test_a_budget_is_the_mean_over_all_epochs(shape: dict[str, int], kind: type[Schedule], budget: float) -> None:
+def test_a_budget_is_the_mean_over_all_epochs(shape: dict[str, Any], kind: type[Schedule], budget: float) -> None:
     try:
         schedule = kind(**shape, budget=budget)
     except UsageError:
-        assert kind(**shape, final=1e-6).mean_fraction() > budget
+        least, most = (kind(**shape, final=final).mean_fraction() for final in (1e-6, 1.0))
+        assert not least <= budget <= most
         assume(False)
     assert math.fsum(fractions(schedule)) / schedule.epochs == pytest.approx(budget, abs=1e-6)
     assert schedule.mean_fraction() == pytest.approx(budget, abs=1e-6)
@@ -157,6 +165,19 @@ def test_an_unattainable_budget_names_the_attainable_range(kind: type[Schedule])
     assert kind(10, warmup=3, anneal=2, budget=least).mean_fraction() == pytest.approx(least, abs=1e-6)
     with pytest.raises(UsageError, match="cannot be reached"):
         kind(10, warmup=3, anneal=2, budget=least - 1e-4)
+
+
+def test_a_warm_up_on_random_samples_leaves_a_small_budget_its_rounds() -> None:
+    with pytest.raises(UsageError, match="cannot be reached"):
+        PowerSchedule(12, warmup=2, budget=0.1)
+    schedule = PowerSchedule(12, warmup=2, budget=0.1, warmup_fraction=0.2)
+    assert fractions(schedule)[:2] == [0.2, 0.2]
+    assert schedule.mean_fraction() == pytest.approx(0.1, abs=1e-9)
+    assert [schedule.round(epoch) for epoch in (0, 1, 2)] == ["latest"] * 3
+    assert [schedule.draws(epoch) for epoch in (0, 1, 2)] == [True, True, False]
+    assert [schedule.starts_round(epoch) for epoch in (0, 1, 2)] == [False, False, True]
+    with pytest.raises(UsageError, match=r"lies in \[0\.0350\d+, 0\.866666\]"):
+        PowerSchedule(12, warmup=2, budget=0.9, warmup_fraction=0.2)
 
 
 def test_a_budget_of_one_trains_on_everything() -> None:
@@ -194,6 +215,7 @@ def test_epochs_outside_the_run_are_refused(method: str, epoch: int) -> None:
         ({"epochs": 0, "final": 0.5}, "epochs is 0"),
         ({"epochs": 2.5, "final": 0.5}, "epochs is 2.5"),
         ({"epochs": 5, "warmup": -1, "final": 0.5}, "warmup is -1"),
+        ({"epochs": 5, "warmup_fraction": 0, "final": 0.5}, "warmup_fraction is 0"),
         ({"epochs": 5, "interval": 0, "final": 0.5}, "interval is 0"),
         ({"epochs": 5, "warmup": 3, "anneal": 2, "final": 0.5}, "leave none of 5 epochs"),
         ({"epochs": 5}, "neither given"),

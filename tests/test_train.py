@@ -128,6 +128,28 @@ def result(method: str, seed: int, accuracy: float) -> RunResult:
     )  # fmt: skip
 
 
+def test_a_warm_up_on_random_samples_is_the_same_for_all_methods(config: Path, tmp_path: Path) -> None:
+    methods = ["random", "static", "infobatch", "dynams"]
+    text = (
+        config.read_text()
+        .replace('"full", "short", ', "")
+        .replace('"fresh-random", ', "")
+        .replace('"proxy"', '"model"')
+    )
+    config.write_text(text.replace("warmup = 1", "warmup = 2\nwarmup_fraction = 0.1"))
+    done = CliRunner().invoke(app, ["--config", str(config), "--workers", "1", "--json"], catch_exceptions=False)
+    results = {result["method"]: result for result in json.loads(done.stdout)["results"]}
+    run = read_config(config)
+    expected = sum(selected_count(run.schedule().fraction(epoch), 1437) for epoch in range(5))
+    assert [results[name]["samples"] for name in ("random", "static", "dynams")] == [expected] * 3
+    for method in methods:
+        rounds = Store(tmp_path / "out" / "stores" / f"{method}-0").rounds()
+        assert [one.manifest["strategy"] for one in rounds[:2]] == ["random:0", "random:1"], method
+        assert [one.counts["selected"] for one in rounds[:2]] == [144, 144]
+        assert len(rounds) > 2
+    assert [results[name]["scored_samples"] for name in ("static", "dynams")] == [1437, 2 * 1437]
+
+
 def test_the_table_gives_mean_and_deviation() -> None:
     text = table([result("full", 0, 0.90), result("full", 1, 0.92), result("dynams", 0, 0.5)])
     assert "91.00 ± 1.41" in text

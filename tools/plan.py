@@ -44,6 +44,7 @@ from tools.schedule_options import (
     IntervalOption,
     ScheduleOption,
     StepsOption,
+    WarmupFractionOption,
     WarmupOption,
 )
 from tools.scoring_options import (
@@ -83,6 +84,7 @@ def plan(
     final: FinalOption = None,
     budget: BudgetOption = None,
     warmup: WarmupOption = WARMUP,
+    warmup_fraction: WarmupFractionOption = 1.0,
     anneal: AnnealOption = ANNEAL,
     interval: IntervalOption = INTERVAL,
     steps: StepsOption = None,
@@ -117,6 +119,7 @@ def plan(
         steps=steps,
         epochs=epochs,
         warmup=warmup,
+        warmup_fraction=warmup_fraction,
         anneal=anneal,
         interval=interval,
         final=final,

@@ -19,8 +19,9 @@ def schedule_rows(schedule: Schedule, samples: int) -> Rows:
     rows: Rows = []
     for epoch in range(schedule.epochs):
         fraction, begins = schedule.fraction(epoch), schedule.starts_round(epoch)
+        of_round = schedule.round(epoch) is not None and not schedule.draws(epoch)
         same = rows and not begins and rows[-1]["fraction"] == fraction
-        if same and (rows[-1]["round"] is None) == (schedule.round(epoch) is None):
+        if same and (rows[-1]["round"] is not None) == of_round:
             rows[-1]["last"] = epoch
             continue
         number = 1 + sum(row["round"] is not None for row in rows) if begins else None

@@ -12,6 +12,10 @@ ScheduleOption = Annotated[str, typer.Option("--schedule", help=f"One of {', '.j
 FinalOption = Annotated[float | None, typer.Option("--final", help="Fraction of the last round; or give --budget.")]
 BudgetOption = Annotated[float | None, typer.Option("--budget", help="Mean fraction over all epochs.")]
 WarmupOption = Annotated[int, typer.Option("--warmup", min=0, help="First epochs, on everything.")]
+WarmupFractionOption = Annotated[
+    float,
+    typer.Option("--warmup-fraction", min=0, max=1, help="Or on so many random samples, drawn anew."),
+]
 AnnealOption = Annotated[int, typer.Option("--anneal", min=0, help="Last epochs, on everything.")]
 IntervalOption = Annotated[int, typer.Option("--interval", min=1, help="Epochs of a round.")]
 StepsOption = Annotated[

@@ -137,8 +137,8 @@ def _plots(config: RunConfig, results: Sequence[RunResult]) -> list[Path]:
         return []
     store = Store(run_folder(config, first.method, first.seed))
     path = config.out / "margins.png"
-    rounds = [store.round(number) for number in first.rounds]
-    plot_margins(rounds, path, f"{config.data.dataset}: margins by round, seed {first.seed}")
+    scored = [made for made in map(store.round, first.rounds) if made.manifest["score_parts"]]
+    plot_margins(scored, path, f"{config.data.dataset}: margins by round, seed {first.seed}")
     return [path]
 
 

@@ -83,6 +83,7 @@ class SelectionConfig(_Strict):
     final: float | None = pydantic.Field(None, gt=0, le=1)
     budget: float | None = pydantic.Field(None, gt=0, le=1)
     warmup: int = pydantic.Field(2, ge=0)
+    warmup_fraction: float = pydantic.Field(1.0, gt=0, le=1)
     anneal: int = pydantic.Field(0, ge=0)
     interval: int = pydantic.Field(5, ge=1)
     steps: int | None = pydantic.Field(None, ge=1)
@@ -115,6 +116,7 @@ class RunConfig(_Strict):
             steps=chosen.steps,
             epochs=self.training.epochs,
             warmup=chosen.warmup,
+            warmup_fraction=chosen.warmup_fraction,
             anneal=chosen.anneal,
             interval=chosen.interval,
             final=chosen.final,

@@ -46,7 +46,7 @@ class Rounds:
         schedule = self.config.schedule()
         if self.method in _ANEW:
             return schedule.round(epoch) is not None
-        return self.selects and schedule.starts_round(epoch)
+        return self.selects and (schedule.starts_round(epoch) or schedule.draws(epoch))
 
     @property
     def has_proxy(self) -> bool:
@@ -81,10 +81,12 @@ class Rounds:
             "exclude_noisy": selection.exclude_noisy,
             "sample_weight": selection.sample_weight,
         }
-        if self._infobatch is not None:
+        warms_up = self.config.schedule().draws(epoch)
+        if self._infobatch is not None and not warms_up:
             return self._infobatch.select(fraction, epoch)
-        if self.method in ("random", "fresh-random"):
-            seed = self.seed if self.method == "random" else self.seed * 100_000 + epoch
+        if warms_up or self.method in ("random", "fresh-random"):
+            fixed = self.method == "random" and not warms_up
+            seed = self.seed if fixed else self.seed * 100_000 + epoch
             return select_round(self.store, fraction=fraction, strategy=f"random:{seed}", as_newest=True).round
         if self._scores is None or self.method == "dynams":
             made = run_round(
