@@ -20,6 +20,7 @@ from dynams_stream.errors import DynamsError, ScoringError
 from dynams_stream.scorer import ScorerSpec, build_network
 from dynams_stream.store import Store
 from pipeline.compare_job import PartRows, row_batches, sample_rows
+from pipeline.in_flight import result_of
 from pipeline.part_reader import Decoder
 from pipeline.receipt import Clock
 from pipeline.score_job import first_extensions
@@ -58,7 +59,7 @@ def calibrated(store: Store, scorer: ScorerSpec, checkpoint: str, *, samples: in
     rows = sample_rows(dataset, samples, seed=_SEED)
     task = client.submit(calibrate, store, rows, spec, checkpoint, digest, device, url, pure=False)
     try:
-        return url if task.result() else checkpoint
+        return url if result_of(client, task) else checkpoint
     except DynamsError:
         raise
     except Exception as error:  # whatever ends a worker

@@ -24,6 +24,7 @@ from dynams_stream.scorer import ScorerSpec
 from dynams_stream.store import Store
 from dynams_stream.strategy import Strategy
 from pipeline.batch_scores import scored_batches
+from pipeline.in_flight import result_of
 from pipeline.part_reader import Decoder, ShardRows, open_indexed
 from pipeline.receipt import Clock
 from pipeline.score_job import ScoredRound
@@ -80,7 +81,7 @@ def compare_with_model(
     task = client.submit(score_rows, store, chosen, spec, checkpoint, digest, device, pure=False)
     proxy = _read_scores(store, scored.number, chosen)
     try:
-        model = task.result()
+        model = result_of(client, task)
     except DynamsError:
         raise
     except Exception as error:  # whatever ends a worker: it was sized for the proxy, perhaps

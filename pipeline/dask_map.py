@@ -15,6 +15,7 @@ from distributed import Client, Future
 from dynams_stream.errors import DynamsError, SelectionError
 from dynams_stream.ordered_map import OrderedMap
 from pipeline.cluster import worker_threads
+from pipeline.in_flight import result_of
 
 A = TypeVar("A")
 B = TypeVar("B")
@@ -50,7 +51,7 @@ def ordered_dask_map(client: Client) -> OrderedMap:
             submit_up_to(most)
             while waiting:
                 future = waiting.popleft()
-                yield _result(future)
+                yield _result(client, future)
                 future.release()
                 if time.monotonic() - looked > LOOK_SECONDS:
                     most, looked = 2 * worker_threads(client), time.monotonic()
@@ -69,9 +70,9 @@ def _guarded(function: Callable[[A], B], item: A) -> B | DynamsError:
         return error
 
 
-def _result(future: Future) -> Any:
+def _result(client: Client, future: Future) -> Any:
     try:
-        found = future.result()
+        found = result_of(client, future)
     except DynamsError:
         raise
     except Exception as error:

@@ -1,4 +1,4 @@
-"""Bounded submission: as many tasks in flight as the cluster runs at once now, while workers come and go.
+"""Waiting for tasks while workers come and go, and bounded submission: as many in flight as the cluster runs at once.
 
 More in flight would be held by workers that could not run them yet: when one dies, Dask blames every task that it
 held; and a worker that joins late would find nothing left to do.
@@ -10,11 +10,11 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import CancelledError
 from contextlib import suppress
 from itertools import islice
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from distributed import Client, Future, wait
 
-from pipeline.cluster import worker_threads
+from pipeline.cluster import lost_scheduler, worker_threads
 
 Task = TypeVar("Task")
 
@@ -48,3 +48,37 @@ def in_flight(
         for future in [future for future in running if future.done()]:
             yield running.pop(future), future
             future.release()
+
+
+def result_of(client: Client, future: Future) -> Any:
+    """The result of one task, once it has ended; raises what it raised.
+
+    `Future.result` alone waits for ever when the workers are gone.
+
+    Raises:
+        ScoringError: the cluster has no workers any more, or its scheduler is gone.
+    """
+    while not future.done():
+        with suppress(TimeoutError, CancelledError), client.as_current():
+            wait([future], timeout=LOOK_SECONDS)
+        if not future.done():
+            worker_threads(client)  # there are some, or it raises
+    found = outcome_of(client, future)
+    if isinstance(found, BaseException):
+        raise found
+    return found
+
+
+def outcome_of(client: Client, future: Future) -> Any:
+    """What a task that has ended returned or raised.
+
+    Raises:
+        ScoringError: the scheduler is gone.
+    """
+    try:
+        if future.status == "cancelled":
+            raise CancelledError
+        error = future.exception()
+        return future.result() if error is None else error
+    except (CancelledError, TimeoutError, OSError) as error:  # of the connection: those of tasks are returned
+        raise lost_scheduler(client) from error

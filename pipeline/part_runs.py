@@ -25,8 +25,7 @@ from distributed import Client, Future, wait
 from distributed.scheduler import KilledWorker
 
 from dynams_stream.errors import DynamsError, ScoringError, ShardError
-from pipeline.cluster import lost_scheduler
-from pipeline.in_flight import in_flight
+from pipeline.in_flight import in_flight, outcome_of
 from pipeline.receipt import BadShard, Receipt
 from pipeline.score_part import PartTask, score_part
 from pipeline.stopping import Terminated
@@ -105,7 +104,7 @@ class PartRuns:
         """Each part with its receipt or what it failed with, as they end; at most so many at once."""
         for task, future in in_flight(self._client, iter(tasks), self._submit, most=most):
             self._running.pop(future.key)
-            yield task, self._outcome(future)
+            yield task, outcome_of(self._client, future)
 
     def _submit(self, task: PartTask) -> Future:
         self._submitted += 1
@@ -113,15 +112,6 @@ class PartRuns:
         future = self._client.submit(score_part, task, key=key, pure=False)
         self._running[key] = task, future
         return future
-
-    def _outcome(self, future: Future) -> Receipt | BaseException:
-        try:
-            if future.status == "cancelled":
-                raise CancelledError
-            error = future.exception()
-            return future.result() if error is None else error
-        except (CancelledError, TimeoutError, OSError) as error:  # of the connection: those of parts are returned
-            raise lost_scheduler(self._client) from error
 
     # ---- bad shards --------------------------------------------------------------------------------------------------
 

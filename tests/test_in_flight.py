@@ -17,7 +17,8 @@ from distributed import Client, Future, get_worker
 from dynams_stream.errors import ScoringError
 from pipeline import cluster
 from pipeline.cluster import dask_client
-from pipeline.in_flight import in_flight
+from pipeline.dask_map import ordered_dask_map
+from pipeline.in_flight import in_flight, result_of
 
 
 @pytest.fixture
@@ -81,18 +82,26 @@ def test_fewer_tasks_are_in_flight_when_a_worker_is_gone(scheduler_file: Path) -
         assert most == {2: 2, 1: 1}
 
 
+WAYS_TO_WAIT = {
+    "in_flight": lambda client, submit: list(in_flight(client, iter([1]), submit)),
+    "result_of": lambda client, submit: result_of(client, submit(1)),
+    "ordered_dask_map": lambda client, submit: list(ordered_dask_map(client)(time.sleep, map(submit, [1]))),
+}
+
+
+@pytest.mark.parametrize("way", WAYS_TO_WAIT)
 def test_a_cluster_that_lost_its_workers_is_an_error_and_no_endless_wait(
-    scheduler_file: Path, monkeypatch: pytest.MonkeyPatch
+    scheduler_file: Path, monkeypatch: pytest.MonkeyPatch, way: str
 ) -> None:
     monkeypatch.setattr(cluster, "WORKER_SECONDS", 1)
     with worker(scheduler_file, "--no-nanny") as only, dask_client(scheduler=str(scheduler_file)) as client:
 
-        def submit(task: int) -> Future:
+        def submit(task: int) -> Future | int:
             os.kill(only.pid, signal.SIGKILL)
-            return client.submit(time.sleep, 600, pure=False)
+            return 600 if way == "ordered_dask_map" else client.submit(time.sleep, 600, pure=False)
 
         with pytest.raises(ScoringError, match="no workers after 1 s"):
-            list(in_flight(client, iter([1]), submit))
+            WAYS_TO_WAIT[way](client, submit)
 
 
 def test_a_scheduler_that_is_gone_is_an_error(tmp_path: Path) -> None:
