@@ -63,14 +63,14 @@ def result_of(client: Client, future: Future) -> Any:
             wait([future], timeout=LOOK_SECONDS)
         if not future.done():
             worker_threads(client)  # there are some, or it raises
-    found = outcome_of(client, future)
-    if isinstance(found, BaseException):
-        raise found
-    return found
+    result, error = ended(client, future)
+    if error is not None:
+        raise error
+    return result
 
 
-def outcome_of(client: Client, future: Future) -> Any:
-    """What a task that has ended returned or raised.
+def ended(client: Client, future: Future) -> tuple[Any, BaseException | None]:
+    """What a task that has ended returned, and what it raised: one of them is None.
 
     Raises:
         ScoringError: the scheduler is gone.
@@ -79,6 +79,6 @@ def outcome_of(client: Client, future: Future) -> Any:
         if future.status == "cancelled":
             raise CancelledError
         error = future.exception()
-        return future.result() if error is None else error
+        return (future.result(), None) if error is None else (None, error)
     except (CancelledError, TimeoutError, OSError) as error:  # of the connection: those of tasks are returned
         raise lost_scheduler(client) from error

@@ -25,7 +25,7 @@ from distributed import Client, Future, wait
 from distributed.scheduler import KilledWorker
 
 from dynams_stream.errors import DynamsError, ScoringError, ShardError
-from pipeline.in_flight import in_flight, outcome_of
+from pipeline.in_flight import ended, in_flight
 from pipeline.receipt import BadShard, Receipt
 from pipeline.score_part import PartTask, score_part
 from pipeline.stopping import Terminated
@@ -104,7 +104,8 @@ class PartRuns:
         """Each part with its receipt or what it failed with, as they end; at most so many at once."""
         for task, future in in_flight(self._client, iter(tasks), self._submit, most=most):
             self._running.pop(future.key)
-            yield task, outcome_of(self._client, future)
+            receipt, error = ended(self._client, future)
+            yield task, receipt if error is None else error
 
     def _submit(self, task: PartTask) -> Future:
         self._submitted += 1
