@@ -19,6 +19,7 @@ from importlib.util import find_spec
 from typing import Any, Protocol
 
 from dynams_stream.errors import MissingExtraError, StateError, UsageError
+from dynams_stream.schedule import Schedule
 from dynams_stream.stream import SelectedDataset
 
 # a trainer takes the callbacks of its own package only
@@ -47,7 +48,7 @@ class SelectionCallback(*CALLBACK_BASES):  # type: ignore[misc]
         schedule: chooses the round of each epoch; None leaves it to the dataset's constructor.
 
     Raises:
-        UsageError: when the dataset was made without `batch_size`.
+        UsageError: when the dataset was made without `batch_size`; for a schedule that wants random samples drawn.
         StateError: in `fit`, when the loader streams another dataset; or when the checkpoint is of another dataset, or
             was made in the middle of an epoch without this callback.
     """
@@ -56,6 +57,11 @@ class SelectionCallback(*CALLBACK_BASES):  # type: ignore[misc]
         size = dataset._source.options.batch_size
         if size is None:
             raise UsageError("SelectionCallback counts in batches: give SelectedDataset the loader's batch_size")
+        if isinstance(schedule, Schedule) and schedule.draws(0):
+            raise UsageError(
+                "this schedule's warm-up is on random samples, which SelectionCallback does not draw: give it a "
+                "DynamicSelection of the schedule; pipeline.lightning.selection_callbacks makes both callbacks"
+            )
         self._dataset, self._size, self._schedule = dataset, size, schedule
         self._trainer: Any = None
         self._epoch: int | None = None  # what the dataset was told last

@@ -113,6 +113,8 @@ def due_round(store: Store, schedule: Schedule, checkpoint: str, epoch: int | No
         return Due(None, f"epoch {epoch} is the schedule's last")
     if schedule.round(following) is None:
         return Due(None, f"epoch {following} trains on everything")
+    if schedule.draws(following):
+        return Due(None, f"epoch {following} trains on random samples")
     first = max(start for start in range(following + 1) if schedule.starts_round(start))
     rounds = store.rounds()
     newest = rounds[-1].epoch if rounds else None

@@ -527,6 +527,9 @@ def test_lightning_trains_on_after_fit_has_returned(small: Store) -> None:
 @lightnings_warnings
 def test_lightning_refuses_what_it_could_not_do_right(small: Store, tmp_path: Path) -> None:
     parts = lightning()
+    drawing = LinearSchedule(4, warmup=1, final=0.5, warmup_fraction=0.1)
+    with pytest.raises(UsageError, match="warm-up is on random samples, which SelectionCallback does not draw"):
+        parts.SelectionCallback(SelectedDataset(small, batch_size=4), drawing)
     with pytest.raises(UsageError, match="give SelectedDataset the loader's batch_size"):
         parts.SelectionCallback(SelectedDataset(small))
     other = SelectedDataset(small, batch_size=4)

@@ -116,6 +116,12 @@ def test_a_schedule_asks_for_one_round_an_interval(epoch: int, rounds: tuple[int
     assert found == expected
 
 
+def test_a_warm_up_on_random_samples_needs_no_checkpoint() -> None:
+    schedule = LinearSchedule(epochs=12, warmup=3, final=0.2, warmup_fraction=0.1)
+    found = [due_round(Rounds(), schedule, "ckpt/a.pt", epoch) for epoch in (0, 1, 2)]  # type: ignore[arg-type]
+    assert found == [Due(None, f"epoch {n} trains on random samples") for n in (1, 2)] + [Due(schedule.fraction(3))]
+
+
 def test_a_schedule_needs_the_checkpoints_epoch() -> None:
     with pytest.raises(CheckpointError, match=r"ckpt/a\.pt does not say after which epoch .*--epoch-from"):
         due_round(Rounds(), SCHEDULE, "ckpt/a.pt", None)  # type: ignore[arg-type]
