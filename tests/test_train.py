@@ -178,6 +178,8 @@ def test_a_wrong_configuration_names_the_key(tmp_path: Path) -> None:
         (text.replace("final = 0.25", "finale = 0.25"), r"selection\.finale"),
         (text.replace('"static"', '"magic"'), r"methods\.4"),
         (text.replace("warmup = 1", "warmup = 9"), "warmup"),
+        (text.replace("final = 0.25", 'final = 0.25\nstrategy = "los"'), "there is no score column 'los'"),
+        (text.replace("final = 0.25", 'final = 0.25\nsample_weight = "1 -"'), "sample_weight is written like"),
         ("out =", "run.toml"),
     ]:
         path.write_text(wrong)

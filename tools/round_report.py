@@ -11,7 +11,7 @@ def round_summary(published: Round) -> dict[str, object]:
     manifest = published.manifest
     names = ("status", "epoch", "strategy", "fraction", "threshold", "counts", "scores_of", "ended")
     return {name: manifest[name] for name in names} | {
-        name: manifest.get(name) for name in ("bad_shards", "guards", "faithfulness")
+        name: manifest.get(name) for name in ("bad_shards", "guards", "faithfulness", "sample_weight")
     }
 
 

@@ -10,6 +10,7 @@ import pydantic
 
 from dynams_stream.errors import UsageError
 from dynams_stream.schedule import Schedule, make_schedule
+from pipeline.rounds import require_round
 
 Method = Literal["full", "short", "random", "fresh-random", "static", "infobatch", "dynams"]
 METHODS: tuple[Method, ...] = get_args(Method)
@@ -96,6 +97,15 @@ class SelectionConfig(_Strict):
     fallback: Literal["full"] | None = None
     calibration_samples: int = pydantic.Field(2000, ge=0)
 
+    def choices(self) -> dict[str, Any]:
+        """What a round is asked about classes, wrong labels and weights, by the names that `run_round` gives them."""
+        return {
+            "class_balance": self.class_balance,
+            "min_per_class": self.min_per_class,
+            "exclude_noisy": self.exclude_noisy,
+            "sample_weight": self.sample_weight,
+        }
+
 
 class RunConfig(_Strict):
     """One comparison: methods × seeds on one dataset, model and schedule."""
@@ -132,7 +142,8 @@ def read_config(path: Path) -> RunConfig:
     """
     try:
         config = RunConfig(**tomllib.loads(path.read_text()))
-        config.schedule()
+        chosen = config.selection
+        require_round(config.schedule().last_fraction, chosen.strategy, chosen.fallback, chosen.choices())
     except FileNotFoundError as error:
         raise UsageError(f"--config {path}: no such file") from error
     except tomllib.TOMLDecodeError as error:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 import numpy.typing as npt
 from distributed import Client
@@ -75,12 +73,7 @@ class Rounds:
     def _make(self, epoch: int, fraction: float, network: nn.Module) -> Round:
         selection = self.config.selection
         strategy = selection.strategy
-        choices: dict[str, Any] = {
-            "class_balance": selection.class_balance,
-            "min_per_class": selection.min_per_class,
-            "exclude_noisy": selection.exclude_noisy,
-            "sample_weight": selection.sample_weight,
-        }
+        choices = selection.choices()
         warms_up = self.config.schedule().draws(epoch)
         if self._infobatch is not None and not warms_up:
             return self._infobatch.select(fraction, epoch)
