@@ -118,25 +118,25 @@ def table(rows: Sequence[Row], against: str = FULL) -> str:
 
 
 def selections(named: Mapping[tuple[str, str], Sequence[dict[str, Any]]]) -> str:
-    """Markdown: of the settings with a proxy, over their seeds, the least and the most of what their rounds say.
+    """Markdown: of the settings that score, over their seeds, the least and the most of what their rounds say.
 
     Args:
         named: the lines of each (condition, name).
     """
-    lines = ["| data | method | overlap, first round | overlap, last round | labels contradicted, first round |"]
-    lines.append("|---|---|---|---|---|")
+    lines = ["| data | method | overlap, first round | last round | labels contradicted, first round | last round |"]
+    lines.append("|---|---|---|---|---|---|")
     for (condition, name), runs in named.items():
         overlaps = [[one["overlap"] for one in run["faithfulness"]] for run in runs if run["faithfulness"]]
-        contradicted = [run["label_disagreement"][0] for run in runs if run.get("label_disagreement")]
-        if overlaps:
-            first, last = ([each[place] for each in overlaps] for place in (0, -1))
-            lines.append(f"| {condition} | {name} | {_span(first)} | {_span(last)} | {_span(contradicted)} |")
+        contradicted = [[one for one in run.get("label_disagreement", ()) if one is not None] for run in runs]
+        both = (overlaps, contradicted)
+        spans = [_span([each[place] for each in told if each]) for told in both for place in (0, -1)]
+        if any(span != "–" for span in spans):
+            lines.append(f"| {condition} | {name} | {' | '.join(spans)} |")
     return "\n".join(lines)
 
 
-def _span(values: Sequence[float | None]) -> str:
-    known = [value for value in values if value is not None]
-    return f"{min(known):.2f} to {max(known):.2f} ({len(known)} runs)" if known else "–"
+def _span(values: Sequence[float]) -> str:
+    return f"{min(values):.2f} to {max(values):.2f} ({len(values)} runs)" if values else "–"
 
 
 def plot_frontier(rows: Sequence[Row], path: Path) -> None:
