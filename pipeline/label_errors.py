@@ -72,7 +72,8 @@ def score_history(store: Store, dataset: Dataset, newest: int) -> list[int]:
 def suspected_label_errors(store: Store, dataset: Dataset, tables: Sequence[int]) -> dict[int, Positions]:
     """For each part, by number, the ascending positions of its samples whose labels are suspected to be wrong.
 
-    Reads the tables three times. Keeps 4 bytes of each suspected sample, and those of all on the local disk.
+    Reads the tables three times. Keeps 4 bytes of each suspected sample, and those of all in a temporary file, where
+    TMPDIR says.
 
     Args:
         store: where they lie.

@@ -15,7 +15,7 @@ from pipeline.cluster_spec import ClusterSpec, CudaOptions, LocalOptions
 from pipeline.cores import available_cores
 
 # Scores are not kept in Dask's memory, so there is nothing to spill; pausing would only stall a worker whose decoded
-# batches fill its memory for a moment. Dask's profiler looks at all threads a hundred times a second: 5 % of a core.
+# batches fill its memory for a moment. Dask's profiler would look at all threads a hundred times a second.
 WORKER_SETTINGS = {
     "distributed.worker.memory.target": False,
     "distributed.worker.memory.spill": False,

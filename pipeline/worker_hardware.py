@@ -24,8 +24,8 @@ def keep_freed_memory() -> None:
     """Let the allocator keep what images and batches free for the next ones, where Dask has told it not to.
 
     Dask's nanny starts workers with MALLOC_TRIM_THRESHOLD_=65536. glibc gives the pages of each decoded image back to
-    the system then and gets them again, zeroed, for the next one: 138 page faults and a fifth of the processor time of
-    a 13 KB JPEG. Another value was set by somebody who wants it, and stays.
+    the system then and gets them again, zeroed, for the next one, a page fault each. Another value was set by somebody
+    who wants it, and stays.
     """
     if os.environ.get("MALLOC_TRIM_THRESHOLD_") != _DASKS_TRIM_THRESHOLD or platform.libc_ver()[0] != "glibc":
         return
