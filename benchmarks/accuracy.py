@@ -6,7 +6,9 @@
     python benchmarks/accuracy.py headline --table    # the table of what has run
 
 Runs of `tools/training.py`, the loop of `dynams train`: the same small network, optimizer and data path for all. A run
-that is done (a line in runs/bench/accuracy/runs.jsonl) is not done again, so a stopped benchmark goes on where it was.
+that is done (a line in benchmarks/accuracy.jsonl, which the repository keeps) is not done again: a stopped benchmark
+goes on where it was, and tables can be made of the lines without hours of runs. `--lines` with the name of another file
+does them again.
 
 Two runs go side by side, each in one process on one core: it decodes, trains and scores (in a Dask worker of the same
 process) there, so that processor seconds are all that it cost and other work on the machine disturbs them little.
@@ -37,6 +39,7 @@ CONDITIONS: dict[str, dict[str, float]] = {
     "long tail": {"imbalance": 100.0},
 }
 SEEDS = 5
+LINES = Path(__file__).with_suffix(".jsonl")
 
 
 @dataclass(frozen=True)
@@ -194,14 +197,13 @@ GROUPS = {"headline": headline, "budgets": budgets, "frontier": frontier}
 
 def digest(setting: Setting, folder: Path) -> str:
     """What a result depends on, its seed aside. Settings that are not named are left out, so that new ones may come."""
-    config = setting.config(folder).model_dump_json(exclude={"methods", "seeds", "out"}, exclude_unset=True)
-    config = config.replace('"scorer":"proxy",', "")  # the default when the first lines were written
+    elsewhere = {"methods": True, "seeds": True, "out": True, "data": {"root"}}
+    config = setting.config(folder).model_dump_json(exclude=elsewhere, exclude_unset=True)
     return hashlib.sha256(f"{setting.method} {config}".encode()).hexdigest()[:16]
 
 
-def finished(folder: Path) -> dict[tuple[str, int], dict[str, Any]]:
+def finished(path: Path) -> dict[tuple[str, int], dict[str, Any]]:
     """The lines of all runs that are done, by digest and seed."""
-    path = folder / "runs.jsonl"
     lines = map(json.loads, path.read_text().splitlines()) if path.exists() else []
     return {(line["digest"], line["seed"]): line for line in lines}
 
@@ -251,10 +253,10 @@ def prepare(settings: Sequence[Setting], folder: Path) -> None:
         prepare_data(config)
 
 
-def run_all(settings: Sequence[Setting], seeds: int, jobs: int, folder: Path) -> None:
+def run_all(settings: Sequence[Setting], seeds: int, jobs: int, folder: Path, path: Path) -> None:
     """Do what is not done, the first seed of everything first, and append a line for each run."""
     prepare(settings, folder)
-    done = finished(folder)
+    done = finished(path)
     missing = [
         (setting, seed) for seed in range(seeds) for setting in settings if (digest(setting, folder), seed) not in done
     ]
@@ -268,7 +270,7 @@ def run_all(settings: Sequence[Setting], seeds: int, jobs: int, folder: Path) ->
         try:
             for number, future in enumerate(as_completed(waiting), 1):
                 line = future.result()
-                with (folder / "runs.jsonl").open("a") as file:
+                with path.open("a") as file:
                     file.write(json.dumps(line) + "\n")
                 print(
                     f"{number}/{len(missing)} {line['condition']}, {line['name']}, seed {line['seed']}: "
@@ -287,30 +289,32 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=SEEDS)
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="runs side by side, one core each")
     parser.add_argument("--only", default="", help="settings whose name holds this text")
-    parser.add_argument("--folder", type=Path, default=Path("runs/bench/accuracy"))
+    parser.add_argument("--folder", type=Path, default=Path("runs/bench/accuracy"), help="of shards, stores and plots")
+    parser.add_argument("--lines", type=Path, default=LINES, help="the file with a line for each run")
     parser.add_argument("--table", action="store_true", help="print the table of what has run, and run nothing")
     parser.add_argument("--against", default="full data", help="the setting that the table takes differences to")
     options = parser.parse_args()
     settings = [setting for setting in GROUPS[options.group]() if options.only in setting.name]
     if not options.table:
-        run_all(settings, options.seeds, options.jobs, options.folder)
-    report(options.group, settings, options.seeds, options.folder, options.against)
+        run_all(settings, options.seeds, options.jobs, options.folder, options.lines)
+    report(options.group, settings, options)
 
 
-def report(group: str, settings: Sequence[Setting], seeds: int, folder: Path, against: str) -> None:
+def report(group: str, settings: Sequence[Setting], options: argparse.Namespace) -> None:
     """Print the table of what has run, and draw its plot."""
     from accuracy_table import plot_budgets, plot_frontier, row_of, selections, table
 
-    done = finished(folder)
+    folder, done = options.folder, finished(options.lines)
     rows, named = [], {}
     for setting in settings:
-        lines = [done[key] for seed in range(seeds) if (key := (digest(setting, folder), seed)) in done]
+        lines = [done[key] for seed in range(options.seeds) if (key := (digest(setting, folder), seed)) in done]
         if lines:
             rows.append(row_of(setting.condition, setting.name, setting.config(folder), lines))
             named[setting.condition, setting.name] = lines
-    print(f"{table(rows, against)}\n\n{selections(named)}")
+    print(f"{table(rows, options.against)}\n\n{selections(named)}")
     plots = {"frontier": plot_frontier, "budgets": plot_budgets}
     if group in plots and rows:
+        folder.mkdir(parents=True, exist_ok=True)
         path = folder / f"{group}.png"
         plots[group](rows, path)
         print(f"\nplot: {path}")
