@@ -52,7 +52,7 @@ def test_the_script_of_a_fixed_allocation_scores(digit_store: Store, tmp_path: P
     texts = {
         "dask": f'exec "{sys.executable}" -m dask "$@"',
         "dynams": f'exec "{sys.executable}" -m tools.cli "$@"',
-        "srun": '"$@" & "$@" & wait',
+        "srun": '[[ "$1" == --cpus-per-task=1 ]] || exit 1; shift; "$@" & "$@" & wait',
     }
     for name, text in texts.items():
         (programs / name).write_text(f"#!/usr/bin/env bash\n{text}\n")

@@ -205,12 +205,39 @@ def test_flags_that_make_no_sense_are_refused(digit_store: Store, flags: list[st
     assert re.search(complaint, str(result.exception))
 
 
-def watcher(store: Store, folder: Path, scheduler: str, *more: str) -> subprocess.Popen[str]:
+def starter(store: Store, scheduler: str, *more: str) -> subprocess.Popen[str]:
+    """A `dynams rescore` that stays and starts runs."""
     command = [
-        sys.executable, "-m", "tools.cli", "rescore", "--store", store.url, "--watch", str(folder), "--poll", "0.2",
-        *MODEL, "--scheduler", scheduler, "--json", *more,
+        sys.executable, "-m", "tools.cli", "rescore", "--store", store.url, "--poll", "0.2", *MODEL,
+        "--scheduler", scheduler, "--json", *more,
     ]  # fmt: skip
     return subprocess.Popen(command, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def watcher(store: Store, folder: Path, scheduler: str, *more: str) -> subprocess.Popen[str]:
+    return starter(store, scheduler, "--watch", str(folder), *more)
+
+
+@pytest.mark.slow
+def test_runs_each_second_until_it_is_stopped(digit_store: Store, client: Client, tmp_path: Path) -> None:
+    save(tmp_path, "1.pt", seed=1)
+    flags = ("--checkpoint", str(tmp_path), "--every", "1s", "--fraction", "0.1")
+    process = starter(digit_store, client.scheduler.address, *flags)
+    assert process.stdout is not None
+    try:
+        made = [json.loads(process.stdout.readline()) for _ in range(2)]
+        assert [(one["round"], one["published"]) for one in made] == [(1, True), (1, False)]
+        starts = trigger(digit_store)
+        assert starts is not None
+        assert (starts.when, starts.pid, starts.ended) == ("every 1s", process.pid, None)
+        assert starts.next_run is not None
+    finally:
+        process.terminate()
+        _, complaint = process.communicate(timeout=100)
+    assert process.returncode == 143, complaint
+    starts = trigger(digit_store)
+    assert starts is not None
+    assert starts.ended is not None
 
 
 @pytest.mark.slow
