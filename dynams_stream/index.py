@@ -11,7 +11,7 @@ import itertools
 import json
 from array import array
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import BinaryIO, Final
@@ -332,21 +332,27 @@ def _shard_index(table: pa.Table) -> ShardIndex:
 # ---- writing ---------------------------------------------------------------------------------------------------------
 
 
-def write_part_index(store: str, part: int, first: int, shards: Sequence[ShardIndex]) -> str:
-    """Write a part's member index, unless the store holds the same one already.
+def write_part_index(
+    store: str, part: int, first: int, shards: Sequence[ShardIndex], named: Collection[str] = ()
+) -> str:
+    """Write a part's member index, unless the newest dataset version names the same one already.
+
+    A file that only older versions name, or none, is written again: `dynams gc`, which may be about to remove it, finds
+    it fresh then and leaves it.
 
     Args:
         store: folder or URL of the store.
         part: its number.
         first: number of its first shard.
         shards: its shards, in order.
+        named: paths of the index files that the newest dataset version names, relative to the store.
 
     Returns:
         The file's path, relative to the store. It names the content, so that dataset versions can share files.
     """
     path = schema.index_path(part, part_digest(first, shards))
     url = storage.join(store, path)
-    if not storage.exists(url):
+    if path not in named or not storage.exists(url):
         with storage.atomic_writer(url) as file:
             write_index(file, first, shards)
     return path

@@ -84,6 +84,7 @@ class Pass:
         prepare, chunks = self.options.prepare, self._chunks(reader)
         try:
             for chunk, positions in chunks:
+                self.source.mark_use(self.place)  # an epoch may take longer than a mark holds
                 self._chunk, extras, number = chunk, chunk.extras, 0
                 first = self._chunk_start = self.yielded
                 try:

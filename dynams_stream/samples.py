@@ -9,7 +9,7 @@ from typing import Any, SupportsIndex
 
 import numpy as np
 import numpy.typing as npt
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, get_worker_info
 
 from dynams_stream.content import Content, find_content, read_content
 from dynams_stream.iteration import name_error
@@ -22,6 +22,7 @@ from dynams_stream.remote_options import RemoteOptions
 from dynams_stream.sample_cache import SampleCache
 from dynams_stream.stats import Counters, Stats
 from dynams_stream.store import Store, round_number
+from dynams_stream.uses import UseMarker
 
 
 class SelectedSamples(Dataset[Any]):
@@ -62,6 +63,8 @@ class SelectedSamples(Dataset[Any]):
         which = round if round is None or round == "latest" else round_number(round)
         number, self._version = find_content(self._store, which)
         self.round = None if number == EVERYTHING else number
+        self._uses = UseMarker(self._store)
+        self._mark_use()
         self._prepare = prepare
         self._cache = cache
         self._counters = Counters()
@@ -101,6 +104,7 @@ class SelectedSamples(Dataset[Any]):
         numbers = self._checked(indices)
         if not len(numbers):
             return []
+        self._mark_use()
         with self._mutex.own():
             content = self._read_content()
             assert self._order is not None
@@ -117,10 +121,19 @@ class SelectedSamples(Dataset[Any]):
         """What has been read since this was made, by this process and its DataLoader workers together."""
         return self._counters.total()
 
+    @property
+    def _number(self) -> int:
+        return EVERYTHING if self.round is None else self.round
+
+    def _mark_use(self) -> None:
+        """Let `dynams gc` know that the round is needed; one of a DataLoader's workers does so for all."""
+        worker = get_worker_info()
+        if worker is None or worker.id == 0:
+            self._uses.mark(self._number, self._version)
+
     def _read_content(self) -> Content:
         if self._content is None:
-            number = EVERYTHING if self.round is None else self.round
-            self._content = read_content(self._store, number, self._version)
+            self._content = read_content(self._store, self._number, self._version)
             self._order = EpochOrder(self._content.selection.counts, shuffle=False)
             if self._cache is not None:
                 self._cache.begin(self._content.selection.digest)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import os
 import uuid
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -165,9 +165,13 @@ class Store:
                 return number
             lowest = number + 1  # a network file system may go on listing an old state for a while
 
-    def claims(self) -> dict[int, dict[str, Any]]:
-        """The identity that each claimed round number was taken with; without those that are retired."""
-        taken = set(self._numbers(schema.CLAIMS_FOLDER)) - self.retired()
+    def claims(self, *, but: Collection[int] = ()) -> dict[int, dict[str, Any]]:
+        """The identity that each claimed round number was taken with; without those that are retired.
+
+        Args:
+            but: numbers that are left out, and not read.
+        """
+        taken = set(self._numbers(schema.CLAIMS_FOLDER)) - self.retired() - set(but)
         found = {number: self._read_claim(schema.claim_path(number)) for number in taken}
         return {number: claim["of"] for number, claim in sorted(found.items()) if claim is not None}
 
@@ -178,6 +182,26 @@ class Store:
         """
         if number not in self.retired():
             storage.write_bytes(self.path(schema.retired_path(number)), b"{}\n")
+
+    def unretire(self, number: int) -> None:
+        """Take back that round `number` is removed, as long as nothing of it is."""
+        storage.remove(self.path(schema.retired_path(number)))
+
+    def require_kept(self, *numbers: int | None) -> None:
+        """Make sure that nobody removes these rounds; None stands for none.
+
+        Whoever has claimed a round asks after that: `dynams gc` retires a round first and looks for claims then, so one
+        of the two hears of the other.
+
+        Raises:
+            RoundNotFoundError: one is removed, or about to be.
+        """
+        for number in numbers:
+            if number is not None and storage.exists(self.path(schema.retired_path(number))):
+                raise RoundNotFoundError(
+                    f"{self.url}: `dynams gc` removes round {number}, or has removed it; run the same command again, "
+                    f"and where it names that round's scores, name another round's or score again"
+                )
 
     def retired(self) -> set[int]:
         """The numbers of the rounds that are removed, or being removed."""
@@ -235,6 +259,7 @@ class Store:
 
         Raises:
             RoundExistsError: when another job published this round first; its round stays as it is.
+            RoundNotFoundError: when the round is removed meanwhile, or the one whose score tables were cut.
             StoreError: when `selection.parquet` is not the file that the manifest names.
         """
         folder, url = self.path(schema.round_path(number)), self.path(schema.manifest_path(number))
@@ -244,6 +269,7 @@ class Store:
         storage.remove_leftovers(folder, spare=os.path.basename(url))
         if still_ours is not None:
             still_ours()
+        self.require_kept(number, manifest.get("scores_of"))
         try:
             storage.create(url, text)
         except FileNotFoundError:

@@ -231,11 +231,15 @@ class _Job:
         store: where finished work is kept.
         previous: the newest dataset version.
         prints: the shards of this job and their fingerprints now; work on other bytes is of no use.
+
+    Attributes:
+        named: the index files that the newest dataset version names.
     """
 
     def __init__(self, store: Store, previous: Dataset | None, prints: dict[str, str]):
         self.prints = prints
         self.found: dict[str, _Found] = {}
+        self.named = frozenset(() if previous is None else (part.index_file for part in previous.parts))
         self.version_is_whole = False
         self.energon_shards = 0
         self.store = store
@@ -392,7 +396,7 @@ def _dataset_table(job: _Job, shards: list[str], threads: int) -> pa.Table:
     def write(part: int) -> tuple[str, int]:
         first, stop = firsts[part : part + 2]
         indexes = job.read(shards[first:stop])
-        path = write_part_index(job.store.url, part, first, indexes)
+        path = write_part_index(job.store.url, part, first, indexes, job.named)
         return path, sum(map(repeated_keys, indexes))
 
     written = list(ordered_thread_map(threads)(write, range(len(firsts) - 1)))

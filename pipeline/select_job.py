@@ -99,6 +99,7 @@ def select_round(
         UsageError: for a fraction outside [0, 1], or quotas of classes that cannot be.
         MissingExtraError: cleanlab is needed and missing.
         ScoresIncompleteError: when score tables are missing, or were made without too many shards.
+        RoundNotFoundError: when `dynams gc` removes the score tables, or the round that was begun for them.
         StoreBusyError: another job may be about to score shards that were left out.
         SelectionError: when no sample has a value to select on, or a selected one no weight.
         RoundExistsError: when another job published the round first.
@@ -118,6 +119,7 @@ def select_round(
         return SelectResult(earlier, published=False)
     with _apart_from_scoring(store, dataset, scored, parts) as lease:
         number = round_to_publish(store, scored, intent)
+        store.require_kept(number, scored)
         excluded = None if judged_by is None else _exclude(store, dataset, number, judged_by)
         with _ordered_map(client, scheduler, workers) as ordered_map:
             result = exact_cut(

@@ -5,22 +5,24 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from contextlib import nullcontext
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
 import pytest
+import stream_stores
 import torch
 from distributed import Client
 from torch.utils.data import DataLoader
 from typer.testing import CliRunner
 
 import toy_models
-from dynams_stream import ScorerSpec, SelectedDataset, Store, schema, storage
-from dynams_stream.errors import RoundNotFoundError, StateError, UsageError
+from dynams_stream import ScorerSpec, SelectedDataset, Store, schema, storage, uses
+from dynams_stream.errors import LeaseLostError, RoundNotFoundError, StateError, UsageError
 from dynams_stream.uses import read_uses
-from pipeline import run_round
-from pipeline.gc_job import Garbage, find_garbage, remove_garbage
+from pipeline import index_job, run_round, select_job
+from pipeline.gc_job import Garbage, collect_garbage, find_garbage, remove_garbage
 from pipeline.index_job import build_index
 from pipeline.score_job import score_round
 from pipeline.select_job import select_round
@@ -64,6 +66,18 @@ def collect(store: Store, keep: int, **by: float) -> Garbage:
     found = find_garbage(store, keep=keep, now=later(**(by or {"days": 30})))
     remove_garbage(store, found)
     return found
+
+
+@pytest.fixture
+def old(store: Store) -> Store:
+    """The same rounds, all made a month ago: what a test does to them happens now."""
+    ago = later(days=-30)
+    for number in store.round_numbers():
+        path = Path(store.path(schema.manifest_path(number)))
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"ended": ago.isoformat()}))
+    for path in Path(store.url).rglob("*"):
+        os.utime(path, (ago.timestamp(), ago.timestamp()))
+    return store
 
 
 def files(store: Store) -> list[str]:
@@ -172,9 +186,52 @@ def test_only_rank_0_leaves_marks(store: Store) -> None:
     assert list(read_uses(store)) == []
 
 
-def test_a_store_that_cannot_be_written_is_read_all_the_same(store: Store) -> None:
+def test_a_store_that_cannot_be_written_is_read_all_the_same(store: Store, caplog: pytest.LogCaptureFixture) -> None:
     Path(store.path(schema.USES_FOLDER)).write_text("a file, where marks would have their folder")
-    assert len(list(SelectedDataset(store, round=6))) == store.round(6).counts["selected"]
+    dataset = SelectedDataset(store, round=6)
+    for epoch in range(2):
+        dataset.set_epoch(epoch, round=6 - epoch)
+        assert len(list(dataset)) == store.round(6 - epoch).counts["selected"]
+    (warning,) = (record for record in caplog.records if "no mark could be left" in record.message)
+    assert "`dynams gc` does not know that round 6 is read" in warning.message
+
+
+def test_a_mark_that_failed_is_left_later(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    obstacle = Path(store.path(schema.USES_FOLDER))
+    obstacle.write_text("a file, where marks would have their folder")
+    waiting = SelectedDataset(store, round=6)
+    assert list(waiting)
+    monkeypatch.setattr(uses, "TRY_AGAIN_AFTER", 0.0)
+    trying = SelectedDataset(store, round=5)
+    assert list(trying)
+    obstacle.unlink()
+    assert list(waiting)  # a write that takes long to fail is not tried for each batch
+    assert list(read_uses(store)) == []
+    assert list(trying)
+    assert [use.round for use in read_uses(store)] == [5]
+
+
+def test_an_epoch_that_takes_long_marks_its_round_again(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(uses, "AGAIN_AFTER", 0.0)
+    running = iter(SelectedDataset(store, round=1))
+    next(running)
+    shutil.rmtree(store.path(schema.USES_FOLDER))
+    assert len(list(running)) == store.round(1).counts["selected"] - 1
+    assert [use.round for use in read_uses(store)] == [1]
+
+
+def test_a_loader_that_begins_while_garbage_is_removed_keeps_its_round(old: Store) -> None:
+    found = find_garbage(old, keep=1)
+    running = iter(SelectedDataset(old, round=2))
+    seen = [next(running)]
+    removed = remove_garbage(old, found)
+    assert (found.rounds, removed.rounds) == ((1, 2, 3, 5), (3, 5))
+    why = {kept.number: kept.why for kept in removed.kept}
+    assert "in this moment" in why[2]
+    assert why[1] == "round 2 is cut from its score tables"
+    assert len([*seen, *running]) == old.round(2).counts["selected"]
+    assert old.retired() == {3, 5}
+    assert verify_store(old).problems == ()
 
 
 def test_a_round_that_was_the_newest_until_lately_stays(store: Store) -> None:
@@ -182,6 +239,86 @@ def test_a_round_that_was_the_newest_until_lately_stays(store: Store) -> None:
     assert found.rounds == ()
     assert "was the newest round until 30 min ago" in found.kept[0].why
     assert find_garbage(store, keep=1, now=later(minutes=90)).rounds == (1, 2, 3, 5)
+
+
+# ---- selections ------------------------------------------------------------------------------------------------------
+
+
+def test_a_selection_that_was_published_meanwhile_keeps_its_score_tables(old: Store) -> None:
+    found = find_garbage(old, keep=1)
+    assert select_round(old, fraction="0.1", scores_of=1).round.number == 7
+    removed = remove_garbage(old, found)
+    assert removed.rounds == (2, 3, 5)
+    assert numbers(old) == [1, 4, 6, 7]
+    assert verify_store(old).problems == ()
+
+
+def test_a_selection_that_has_begun_meanwhile_keeps_its_score_tables(
+    old: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found, cut = find_garbage(old, keep=1), select_job.exact_cut
+
+    def cut_later(*parts: Any, **options: Any) -> Any:
+        assert remove_garbage(old, found).rounds == (2, 3, 5)
+        return cut(*parts, **options)
+
+    monkeypatch.setattr(select_job, "exact_cut", cut_later)
+    assert select_round(old, fraction="0.1", scores_of=1).round.number == 7
+    assert verify_store(old).problems == ()
+
+
+def test_a_selection_that_comes_too_late_says_so(old: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    look_up = select_job.complete_parts
+
+    def look_up_before(*arguments: Any) -> Any:
+        parts = look_up(*arguments)
+        assert collect_garbage(old, keep=1).rounds == (1, 2, 3, 5)
+        return parts
+
+    monkeypatch.setattr(select_job, "complete_parts", look_up_before)
+    with pytest.raises(RoundNotFoundError, match="removes round 1, or has removed it; run the same command again"):
+        select_round(old, fraction="0.1", scores_of=1)
+    with pytest.raises(RoundNotFoundError, match="holds no round 1"):
+        select_round(old, fraction="0.1", scores_of=1)
+    assert numbers(old) == [4, 6]
+    assert [kept.number for kept in find_garbage(old, keep=1).kept] == [4]  # what it had claimed keeps nothing
+    assert verify_store(old).problems == ()
+
+
+def test_an_unpublished_round_that_a_selection_goes_on_with_stays(old: Store) -> None:
+    intent = {"dataset": old.dataset().digest, "scores_of": 4, "strategy": "entropy", "fraction": 0.25}
+    number = old.claim_round(intent)
+    os.utime(old.path(schema.claim_path(number)), (1, 1))
+    found = find_garbage(old, keep=99)
+    assert found.abandoned == (number,)
+    storage.write_bytes(old.path(schema.selection_path(number)), b"just cut")
+    removed = remove_garbage(old, found)
+    assert (removed.abandoned, old.retired()) == ((), set())
+    assert list(old.claims(but=range(number))) == [number]
+
+
+def test_retired_rounds_of_a_run_that_was_stopped_before_it_looked_again_are_taken_back(old: Store) -> None:
+    old.retire(1)
+    old.retire(4)
+    assert collect_garbage(old, keep=3).rounds == (1, 2, 3)
+    assert old.retired() == {1, 2, 3}
+
+
+def test_who_lost_the_lease_removes_nothing_more(old: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    remove = storage.remove
+
+    def overtaken(url: str) -> None:
+        if url == old.path(schema.manifest_path(5)):
+            folder = Path(old.path(schema.LEASE_FOLDER))
+            newest = max(folder.iterdir())
+            shutil.copy(newest, folder / f"{int(newest.stem) + 1:06d}.json")
+        remove(url)
+
+    monkeypatch.setattr(storage, "remove", overtaken)
+    with pytest.raises(LeaseLostError):
+        collect_garbage(old, keep=1)
+    assert numbers(old) == [1, 2, 3, 4, 6]
+    assert old.retired() == {5}
 
 
 # ---- what is left of jobs --------------------------------------------------------------------------------------------
@@ -236,7 +373,7 @@ def test_an_unpublished_round_stays_until_it_is_abandoned(store: Store, made: Pa
     assert store.claim_round(identity) == number + 1
 
 
-def test_old_dataset_versions_go_with_their_last_round(digit_shards: list[str], tmp_path: Path, client: Client) -> None:
+def test_old_dataset_versions_go_with_their_last_round(digit_shards: list[str], tmp_path: Path) -> None:
     store = Store(tmp_path / "store")
     build_index(store, digit_shards[:5])
     select_round(store, fraction="0.5", strategy="random:0")
@@ -247,11 +384,54 @@ def test_old_dataset_versions_go_with_their_last_round(digit_shards: list[str], 
     assert (found.rounds, found.versions) == ((1,), (1,))
     own = {part.index_file for part in store.dataset(1).parts} - {part.index_file for part in store.dataset(2).parts}
     assert own
-    assert set(found.files) == own
+    assert found.files == ()
     remove_garbage(store, found)
     assert store.dataset_versions() == [2]
+    assert own <= set(collect(store, 1, days=15).files)
+    assert set(storage.list_names(store.path(schema.INDEX_FOLDER))) == {
+        part.index_file.rsplit("/", 1)[-1] for part in store.dataset().parts
+    }
     assert verify_store(store).problems == ()
     assert len(list(SelectedDataset(store, round=2))) == store.round(2).counts["selected"]
+
+
+@pytest.mark.parametrize("crashed", [False, True])
+def test_index_files_that_an_index_job_takes_up_meanwhile_stay(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, crashed: bool
+) -> None:
+    """(They are an old version's, or nobody's since an index job was stopped.)"""
+    urls = stream_stores.make_shards(tmp_path / "shards", (5, 6, 7, 8))
+    store = Store(tmp_path / "store")
+
+    def stopped(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt) if crashed else nullcontext():
+        if crashed:
+            patch.setattr(index_job, "_publish", stopped)
+        build_index(store, urls[:3])
+    build_index(store, urls[1:])
+    for path in Path(store.url).rglob("*.parquet"):
+        os.utime(path, (1, 1))
+    found = find_garbage(store, keep=1)
+    assert len(found.files) == 3
+    dataset = build_index(store, urls[:3]).dataset
+    removed = remove_garbage(store, found)
+    assert removed.files == ()
+    assert verify_store(store).problems == ()
+    assert len(list(SelectedDataset(store, round=None))) == dataset.samples == 18
+
+
+def test_a_version_that_was_the_newest_lately_or_is_selected_from_stays(tmp_path: Path) -> None:
+    urls = stream_stores.make_shards(tmp_path / "shards", (5, 6, 7))
+    store = Store(tmp_path / "store")
+    build_index(store, urls[:2])
+    build_index(store, urls)
+    assert find_garbage(store, keep=1, now=later(minutes=30)).versions == ()
+    assert find_garbage(store, keep=1, now=later(minutes=90)).versions == (1,)
+    store.claim_round({"dataset": store.dataset(1).digest, "scores_of": None, "strategy": "random:1", "fraction": 0.5})
+    assert find_garbage(store, keep=1, now=later(days=13)).versions == ()
+    assert find_garbage(store, keep=1, now=later(days=15)).versions == (1,)
 
 
 def test_a_version_that_a_loader_reads_whole_stays(digit_shards: list[str], tmp_path: Path) -> None:
@@ -342,8 +522,15 @@ def test_the_command(store: Store) -> None:
     assert run("--keep", 1).exit_code == 0
     assert numbers(store) == [4, 6]
     assert run().exit_code == run("--keep", 0).exit_code == 2
+    assert isinstance(run("--keep", 1, "--unused-days", 0).exception, UsageError)
 
 
 def test_the_newest_round_cannot_be_given_up(store: Store) -> None:
     with pytest.raises(UsageError, match="newest round always stays"):
         find_garbage(store, keep=0)
+
+
+def test_signs_of_use_count_for_two_hours_at_least(store: Store) -> None:
+    with pytest.raises(UsageError, match=r"unused_for is 1:00:00; .*less than 2:00:00 \(--unused-days 0.084\)"):
+        find_garbage(store, keep=1, unused_for=timedelta(hours=1))
+    assert find_garbage(store, keep=1, unused_for=timedelta(days=0.084)).rounds == ()

@@ -20,6 +20,7 @@ from typer.testing import CliRunner
 from builders import Entry, tar_bytes
 from dynams_stream import SelectedDataset, Store, storage
 from dynams_stream.errors import RoundNotFoundError, ShardMissingError, UsageError
+from dynams_stream.uses import read_uses
 from pipeline.index_job import build_index
 from pipeline.materialize_job import materialize
 from pipeline.own_selection import publish_rows
@@ -60,6 +61,7 @@ def test_webdataset_reads_the_selected_samples_byte_for_byte(
     made = materialize(
         store, str(tmp_path / "out"), samples_per_shard=size, workers=workers, progress=lambda *now: seen.append(now)
     )
+    assert [(use.round, use.version) for use in read_uses(store)] == [(1, 1)]  # its round stays while it goes on
     assert samples_of(urls_of(made)) == selected(store, 1)
     assert made.samples == 432
     assert [shard.samples for shard in made.shards][:-1] == [size or 96] * (len(made.shards) - 1)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import pickle
+import shutil
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -15,11 +17,13 @@ from object_server import ObjectServer
 from test_stream import FailsOn, identity
 from torch.utils.data import DataLoader, DistributedSampler, RandomSampler, WeightedRandomSampler
 
+from dynams_stream import schema, uses
 from dynams_stream.errors import RoundNotFoundError, SampleError, ShardChangedError, ShardMissingError
 from dynams_stream.remote_options import RemoteOptions
 from dynams_stream.samples import SelectedSamples
 from dynams_stream.store import Store
 from dynams_stream.stream import SelectedDataset
+from dynams_stream.uses import read_uses
 from pipeline.index_job import build_index
 
 COUNTS = (13, 0, 21, 9, 17)
@@ -168,6 +172,41 @@ def test_grain_takes_it_as_a_source(store: Store, expected: list[tuple[int, int]
     iterator = iter(dataset)
     iterator.set_state(state)
     assert before + [tuple(sample) for sample in iterator] == first
+
+
+# ---- marks -----------------------------------------------------------------------------------------------------------
+
+
+def test_it_marks_its_round_when_made_and_again_while_it_is_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = stream_stores.make_store(tmp_path, (4, 4))
+    stream_stores.publish(store, stream_stores.some_rows(store, 0.6))
+    folder = Path(store.path(schema.USES_FOLDER))
+    samples = SelectedSamples(store)
+    (mark,) = folder.iterdir()
+    assert [(use.round, use.version) for use in read_uses(store)] == [(1, 1)]
+    mark.unlink()
+    assert samples[0]
+    assert list(folder.iterdir()) == []  # it was left less than an hour ago
+    assert pickle.loads(pickle.dumps(samples))[0]  # a copy in another process does not know
+    assert list(folder.iterdir()) == [mark]
+    monkeypatch.setattr(uses, "AGAIN_AFTER", 0.0)
+    samples = SelectedSamples(store)
+    shutil.rmtree(folder)
+    loader = DataLoader(samples, batch_size=2, num_workers=2, collate_fn=list, multiprocessing_context="fork")
+    assert sum(map(len, loader)) == len(samples)
+    (use,) = read_uses(store)
+    assert (use.round, use.who.endswith(f":{os.getpid()}")) == (1, False)
+
+
+def test_everything_is_marked_with_its_dataset_version(tmp_path: Path) -> None:
+    store = stream_stores.make_store(tmp_path, (4, 4))
+    assert SelectedSamples(store, round=None)[0]
+    assert [(use.round, use.version) for use in read_uses(store)] == [(0, 1)]
+
+
+# ---- object stores ---------------------------------------------------------------------------------------------------
 
 
 def test_a_batch_of_an_object_store_is_asked_for_together(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

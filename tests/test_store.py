@@ -297,6 +297,20 @@ def test_only_the_selection_that_was_cut_is_published(store: Store) -> None:
     assert not store.is_published(1)
 
 
+@pytest.mark.parametrize("retired", [2, 1])
+def test_a_round_that_is_removed_or_whose_scores_are_is_not_published(store: Store, retired: int) -> None:
+    digest = write_selection(store, 2)
+    store.retire(retired)
+    with pytest.raises(
+        RoundNotFoundError, match=rf"`dynams gc` removes round {retired}, .* run the same command again"
+    ):
+        store.publish(2, manifest(2, selection=digest, scores_of=1))
+    assert not store.is_published(2)
+    store.unretire(retired)
+    assert store.retired() == set()
+    assert store.publish(2, manifest(2, selection=digest, scores_of=1)).number == 2
+
+
 def test_publishing_clears_up_behind_killed_writers(tmp_path: Path) -> None:
     store = Store(tmp_path)
     digest = write_selection(store, 1)
@@ -328,6 +342,7 @@ def test_one_intent_has_a_rounds_selection(store: Store) -> None:
     assert not store.claim_selection(number, {"strategy": "distance", "fraction": 0.4, "parts": [1, 2]})
     assert store.claim_selection(store.claim_round({}), {"strategy": "distance", "fraction": 0.4})
     assert list(store.claims()) == [1, 2]
+    assert list(store.claims(but=[1, 7])) == [2]
 
 
 def test_a_broken_claim_is_named(store: Store) -> None:

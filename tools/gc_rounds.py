@@ -21,7 +21,11 @@ def gc(
     keep: Annotated[int, typer.Option("--keep", min=1, help="How many of the newest rounds stay in any case.")],
     unused_days: Annotated[
         float,
-        typer.Option("--unused-days", min=0, help="Rounds stay that a loader began, or a state named, within so long."),
+        typer.Option(
+            "--unused-days",
+            min=0,
+            help="Rounds stay that a loader read, or a state named, within so long: 0.084 or more.",
+        ),
     ] = UNUSED_FOR / timedelta(days=1),
     dry_run: DryRunOption = False,
     config: ConfigOption = None,
