@@ -10,7 +10,12 @@ dask's on a cluster: two worker processes of one, whose start is not counted), a
 take turns; the table has medians of the seconds, and the most memory that one of a contender's processes held.
 
 Only ours takes exactly k samples and settles ties by (shard, row). DuckDB, Polars: all up to the k-th smallest, ties
-included. dask.dataframe's quantile is an approximation; how far off it is, is told.
+included. dask.dataframe's quantile is an approximation; how far off it is, is told. With `class_balance` ours does
+more: each class gives the same share of its samples.
+
+Where ours and DuckDB take part, they are compared once, when all is measured: our threshold and rows with what DuckDB
+gives for `ORDER BY distance, shard, row LIMIT k`. With more than 10⁸ rows, which it would sort on disk, the threshold
+alone.
 """
 
 from __future__ import annotations
@@ -25,8 +30,9 @@ import threading
 import time
 from collections.abc import Callable
 from contextlib import suppress
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import psutil
 
@@ -37,37 +43,61 @@ PEERS_PYTHON = Path(__file__).resolve().parents[1] / ".venv-peers" / "bin" / "py
 """Of the environment that has Polars and pandas (`make bench-peers`); without it they are left out."""
 PEERS = ("Polars", "dask.dataframe")
 
+Result = TypeVar("Result")
 
-def ours_in_threads(folder: Path, fraction: str) -> tuple[int, float]:
+
+OURS, BY_CLASS = "dynams, threads", "dynams, class_balance"
+"""The contender that the others are compared with, and the one that does more."""
+COMPARISON = "comparison"
+"""Named like a contender, it is what compares ours with DuckDB."""
+SORTED_ROWS = 100_000_000
+"""With more rows DuckDB is not asked to sort them."""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a contender did.
+
+    Attributes:
+        selected: how many samples.
+        seconds: for that.
+        sha256: of our `selection.parquet`, which is the same whoever makes it; "" of others.
+    """
+
+    selected: int
+    seconds: float
+    sha256: str = ""
+
+
+def ours_in_threads(folder: Path, fraction: str) -> Outcome:
     """`dynams select --workers 2`."""
-    from dynams_stream.store import Store
-    from pipeline.select_job import select_round
-
-    store = Store(folder)
-
-    def work() -> int:
-        return int(select_round(store, fraction=fraction, workers=THREADS).round.counts["selected"])
-
-    return timed(work)
+    return _ours(folder, fraction=fraction, workers=THREADS)
 
 
-def ours_as_tasks(folder: Path, fraction: str) -> tuple[int, float]:
+def ours_by_class(folder: Path, fraction: str) -> Outcome:
+    """`dynams select --workers 2 --class-balance`."""
+    return _ours(folder, fraction=fraction, workers=THREADS, class_balance=True)
+
+
+def ours_as_tasks(folder: Path, fraction: str) -> Outcome:
     """`dynams select --scheduler …`, on two workers."""
-    from dynams_stream.store import Store
     from pipeline.cluster import dask_client
-    from pipeline.select_job import select_round
 
-    store = Store(folder)
     with dask_client(workers=THREADS) as client:
         client.wait_for_workers(THREADS)
-
-        def work() -> int:
-            return int(select_round(store, fraction=fraction, client=client).round.counts["selected"])
-
-        return timed(work)
+        return _ours(folder, fraction=fraction, client=client)
 
 
-def duckdb_(folder: Path, fraction: str) -> tuple[int, float]:
+def _ours(folder: Path, **how: Any) -> Outcome:
+    from dynams_stream.store import Store
+    from pipeline.select_job import select_round
+
+    store = Store(folder)
+    made, seconds = timed(lambda: select_round(store, **how).round)
+    return Outcome(made.counts["selected"], seconds, made.manifest["selection"]["sha256"])
+
+
+def duckdb_(folder: Path, fraction: str) -> Outcome:
     """`quantile_disc`, then a filter."""
     import duckdb
 
@@ -82,10 +112,10 @@ def duckdb_(folder: Path, fraction: str) -> tuple[int, float]:
         (count,) = connection.execute(f"COPY ({query}) TO '{output}' (FORMAT parquet, COMPRESSION zstd)").fetchone()
         return int(count)
 
-    return timed(work)
+    return Outcome(*timed(work))
 
 
-def polars_(folder: Path, fraction: str) -> tuple[int, float]:
+def polars_(folder: Path, fraction: str) -> Outcome:
     """`quantile`, then a filter, both lazy and streamed."""
     import polars
 
@@ -93,16 +123,15 @@ def polars_(folder: Path, fraction: str) -> tuple[int, float]:
     distance = polars.col("distance")
     output = folder / "polars.parquet"
 
-    def work() -> int:
+    def work() -> None:
         threshold = tables.select(distance.quantile(float(fraction), "lower")).collect(engine="streaming").item()
         tables.filter(distance <= threshold).select("shard", "row").sink_parquet(output, compression="zstd")
-        return 0
 
     _, seconds = timed(work)
-    return int(polars.scan_parquet(output).select(polars.len()).collect().item()), seconds
+    return Outcome(int(polars.scan_parquet(output).select(polars.len()).collect().item()), seconds)
 
 
-def dask_dataframe(folder: Path, fraction: str) -> tuple[int, float]:
+def dask_dataframe(folder: Path, fraction: str) -> Outcome:
     """Its (approximate) `quantile`, then a filter."""
     import dask.dataframe
     import pyarrow.dataset
@@ -113,31 +142,68 @@ def dask_dataframe(folder: Path, fraction: str) -> tuple[int, float]:
     with dask_client(workers=THREADS) as client, client.as_current():
         client.wait_for_workers(THREADS)
 
-        def work() -> int:
+        def work() -> None:
             columns = ["shard", "row", "distance"]
             tables = dask.dataframe.read_parquet(f"{folder}/rounds/000001/scores/*.parquet", columns=columns)
             threshold = tables["distance"].quantile(float(fraction)).compute()
             tables[tables["distance"] <= threshold][["shard", "row"]].to_parquet(output, compression="zstd")
-            return 0
 
         _, seconds = timed(work)
-    return pyarrow.dataset.dataset(output).count_rows(), seconds
+    return Outcome(pyarrow.dataset.dataset(output).count_rows(), seconds)
 
 
-CONTENDERS: dict[str, Callable[[Path, str], tuple[int, float]]] = {
-    "dynams, threads": ours_in_threads,
+CONTENDERS: dict[str, Callable[[Path, str], Outcome]] = {
+    OURS: ours_in_threads,
     "dynams, Dask tasks": ours_as_tasks,
+    BY_CLASS: ours_by_class,
     "DuckDB": duckdb_,
     "Polars": polars_,
     "dask.dataframe": dask_dataframe,
 }
 
 
-def timed(work: Callable[[], int]) -> tuple[int, float]:
+def timed(work: Callable[[], Result]) -> tuple[Result, float]:
     """What work gives, and its seconds."""
     began = time.perf_counter()
     found = work()
     return found, time.perf_counter() - began
+
+
+# ---- whether ours is right -------------------------------------------------------------------------------------------
+
+
+def compare_with_duckdb(folder: Path, fraction: str) -> str:
+    """Select once more, and hold it against DuckDB; gives what was compared, in words.
+
+    Raises:
+        AssertionError: they differ.
+    """
+    import duckdb
+    import numpy as np
+
+    from dynams_stream.store import Store
+    from pipeline.select_job import select_round
+
+    made = select_round(Store(folder), fraction=fraction, workers=THREADS).round
+    selected = made.counts["selected"]
+    tables = f"'{folder}/rounds/000001/scores/*.parquet'"
+    connection = duckdb.connect()
+    connection.execute(f"SET threads = {THREADS}")
+    border = f"{made.manifest['threshold']!r}::FLOAT"
+    query = f"SELECT count(*) FILTER (distance < {border}), count(*) FILTER (distance <= {border}) FROM {tables}"
+    below, up_to = connection.execute(query).fetchone()
+    assert below < selected <= up_to, f"{below:,} rows are below our threshold, {up_to:,} up to it, k is {selected:,}"
+    if made.counts["all"] > SORTED_ROWS:
+        return f"DuckDB finds the same threshold: {below:,} rows below it, {up_to:,} up to it, k is {selected:,}"
+    nearest = f"SELECT shard, row FROM {tables} ORDER BY distance, shard, row LIMIT {selected}"
+    theirs = connection.execute(f"SELECT shard, row FROM ({nearest}) ORDER BY shard, row").fetchnumpy()
+    selection = made.selection()
+    shards = np.repeat(np.arange(len(selection.counts)), selection.counts)
+    assert np.array_equal(theirs["shard"], shards), "DuckDB selects other shards' samples"
+    ends = np.cumsum(selection.counts)
+    for shard, (start, stop) in enumerate(zip(ends - selection.counts, ends, strict=True)):
+        assert np.array_equal(theirs["row"][start:stop], selection.rows(shard)), f"DuckDB has other rows of {shard}"
+    return f"DuckDB selects the same {selected:,} rows, with the same threshold"
 
 
 # ---- one contender, in a process of its own --------------------------------------------------------------------------
@@ -145,8 +211,10 @@ def timed(work: Callable[[], int]) -> tuple[int, float]:
 
 def contend(name: str, folder: Path, fraction: str) -> None:
     """Print one JSON line."""
-    selected, seconds = CONTENDERS[name](folder, fraction)
-    print(json.dumps({"selected": selected, "seconds": seconds}))
+    if name == COMPARISON:
+        print(json.dumps({"found": compare_with_duckdb(folder, fraction)}))
+    else:
+        print(json.dumps(asdict(CONTENDERS[name](folder, fraction))))
 
 
 def run_contender(name: str, folder: Path, fraction: str) -> dict[str, Any]:
@@ -234,23 +302,39 @@ def main() -> None:
         for name in names:
             runs[name].append(run_contender(name, folder, options.fraction))
             print(f"{number + 1}/{options.runs} {name}: {json.dumps(runs[name][-1])}", file=sys.stderr, flush=True)
-    print(table(runs, names[0]))
+    print(table(runs))
+    wrong = different(runs)
+    if OURS in names and "DuckDB" in names:
+        found = run_contender(COMPARISON, folder, options.fraction)
+        print(found.get("found", ""))
+        wrong += [found["error"]] if "error" in found else []
+    if wrong:
+        raise SystemExit("\n".join(wrong))
 
 
-def table(runs: dict[str, list[dict[str, Any]]], base: str) -> str:
-    """Medians, against the first contender."""
+def different(runs: dict[str, list[dict[str, Any]]]) -> list[str]:
+    """Which of our runs made another file than equal ones, or took another number of samples."""
+    ours = {name: [run for run in found if run.get("sha256")] for name, found in runs.items()}
+    digests = {run["sha256"] for name, found in ours.items() if name != BY_CLASS for run in found}
+    of_classes = {run["sha256"] for run in ours.get(BY_CLASS, [])}
+    numbers = {run["selected"] for found in ours.values() for run in found}
+    told = (("selections", digests), ("selections by class", of_classes), ("numbers of samples", numbers))
+    return [f"our runs made different {what}: {sorted(found)}" for what, found in told if len(found) > 1]
+
+
+def table(runs: dict[str, list[dict[str, Any]]]) -> str:
+    """Medians, against ours where it ran."""
     lines = ["| | seconds | times ours | most memory of a process | selected |", "|---|---|---|---|---|"]
-    reference = statistics.median(run["seconds"] for run in runs[base])
+    ours = [run["seconds"] for run in runs.get(OURS, []) if "error" not in run]
     for name, found in runs.items():
         failed = [run["error"] for run in found if "error" in run]
         if failed:
             lines.append(f"| {name} | – | – | – | {failed[0]} |")
             continue
         seconds = statistics.median(run["seconds"] for run in found)
+        times = f"{seconds / statistics.median(ours):.1f}" if ours else "–"
         memory = max(run["megabytes"] for run in found)
-        lines.append(
-            f"| {name} | {seconds:.1f} | {seconds / reference:.1f} | {memory:,.0f} MB | {found[0]['selected']:,} |"
-        )
+        lines.append(f"| {name} | {seconds:.1f} | {times} | {memory:,.0f} MB | {found[0]['selected']:,} |")
     return "\n".join(lines)
 
 

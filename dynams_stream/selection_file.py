@@ -23,12 +23,11 @@ import pyarrow.parquet as pq
 
 from dynams_stream import schema, storage
 from dynams_stream.errors import StoreError
+from dynams_stream.parquet_footer import footer_bytes, read_footer
 
 Integers = npt.NDArray[np.int64]
 Rows = npt.NDArray[np.uint32]
 Weights = npt.NDArray[np.float32]
-
-_TRAILER_BYTES = 8  # length of the footer and "PAR1", at the end of every Parquet file
 
 
 def read_whole(url: str) -> tuple[str, Integers, Rows, Weights | None]:
@@ -80,7 +79,7 @@ def require_digest(url: str, digest: str, footer_digest: str | None) -> None:
         StoreError: when it is missing or another one.
     """
     try:
-        found = storage.file_digest(url) if footer_digest is None else hashlib.sha256(_footer(url)).hexdigest()
+        found = storage.file_digest(url) if footer_digest is None else hashlib.sha256(read_footer(url)).hexdigest()
     except FileNotFoundError as error:
         raise _missing(url) from error
     expected = digest if footer_digest is None else footer_digest
@@ -89,15 +88,6 @@ def require_digest(url: str, digest: str, footer_digest: str | None) -> None:
             f"{url}: not the file that was published (SHA-256 {found[:12]}, recorded {expected[:12]}); "
             f"restore it, or select again"
         )
-
-
-def _footer(url: str) -> bytes:
-    with storage.open_random(url) as file:
-        size = file.seek(0, 2)
-        file.seek(max(0, size - _TRAILER_BYTES))
-        length = int.from_bytes(file.read(4), "little") + _TRAILER_BYTES
-        file.seek(max(0, size - length))
-        return file.read(length)
 
 
 class ShardRowsReader:
@@ -293,11 +283,10 @@ class SelectionWriter:
     def for_manifest(self) -> dict[str, str]:
         """What the manifest says of a finished file: digests of all of it and of its footer, and rows of each shard."""
         tail = bytes(self._file.tail or b"")
-        length = int.from_bytes(tail[-_TRAILER_BYTES:-4], "little") + _TRAILER_BYTES
         counts = itertools.chain.from_iterable(part.tolist() for part in self._counts)
         return {
             "sha256": self.digest,
-            "footer_sha256": hashlib.sha256(tail[-length:]).hexdigest(),
+            "footer_sha256": hashlib.sha256(tail[-footer_bytes(tail) :]).hexdigest(),
             "per_shard": " ".join(map(str, counts)),
         }
 

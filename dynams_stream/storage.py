@@ -492,11 +492,13 @@ class Listed:
 
     Attributes:
         name: without its folder.
+        size: in bytes.
         modified: when it was last written, in seconds since 1970; 0 where the store does not say.
         version: a text that changes whenever it is written.
     """
 
     name: str
+    size: int
     modified: float
     version: str
 
@@ -504,16 +506,20 @@ class Listed:
 def list_files(folder: str) -> list[Listed]:
     """The files that lie directly in a folder or prefix, by one listing; empty when there is none."""
     if is_local(folder):
-        urls = (join(folder, name) for name in list_names(folder))
-        return [
-            Listed(url.rsplit("/", 1)[-1], modified(url), text)
-            for url in urls
-            if os.path.isfile(url) and (text := version(url))  # else it went in this moment
-        ]
+        files = []
+        for name in list_names(folder):
+            with suppress(FileNotFoundError):  # it went in this moment
+                status = os.stat(join(folder, name))
+                if stat.S_ISREG(status.st_mode):
+                    files.append(Listed(name, status.st_size, status.st_mtime, _version(status)))
+        return files
     system = file_system(folder)
     with suppress(FileNotFoundError):
         entries = [entry for entry in system.ls(folder, detail=True) if entry["type"] == "file"]
-        return [Listed(entry["name"].rsplit("/", 1)[-1], _written(system, entry), tokenize(entry)) for entry in entries]
+        return [
+            Listed(entry["name"].rsplit("/", 1)[-1], int(entry["size"]), _written(system, entry), tokenize(entry))
+            for entry in entries
+        ]
     return []
 
 
@@ -554,13 +560,16 @@ def version(url: str) -> str:
     """A text that changes whenever the file or object is written; empty when it is gone."""
     try:
         if is_local(url):
-            status = os.stat(url)
-            return f"{status.st_size}-{status.st_mtime_ns}-{status.st_ino}"
+            return _version(os.stat(url))
         system = file_system(url)
         system.invalidate_cache()
         return str(system.ukey(url))
     except FileNotFoundError:
         return ""
+
+
+def _version(status: os.stat_result) -> str:
+    return f"{status.st_size}-{status.st_mtime_ns}-{status.st_ino}"
 
 
 def remove(url: str) -> None:

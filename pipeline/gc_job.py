@@ -34,7 +34,7 @@ from dynams_stream.errors import UsageError
 from dynams_stream.store import Round, Store
 from dynams_stream.uses import Use, read_uses
 from pipeline.lease import store_lease
-from pipeline.verify_job import orphans
+from pipeline.orphans import orphans
 
 UNUSED_FOR = timedelta(days=14)
 LEAST_UNUSED_FOR = timedelta(hours=2)

@@ -41,6 +41,7 @@ def round_manifest(
         **result.for_manifest(),
         "scores_of": None if scored in (None, number) else scored,
         "score_parts": sorted(parts),
+        "score_footers_sha256": [parts[number].footer_sha256 for number in sorted(parts)],
         "library": library_version(),
         "started": provenance.get("started", started),
         "ended": now(),

@@ -3,13 +3,13 @@
 round ──samples in (shard, row) order──► runs of `samples_per_shard` ──in parallel──► <prefix>-000000.tar …
 
 A run is one file, written whole or not at all. `plan.json`, created first, says what the folder is made from, so that a
-file that is there is done; `manifest.json` comes last.
+file that is there is done; `manifest.json` comes last, and a file that is not as long as it says is written again.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any
@@ -82,7 +82,7 @@ def materialize(
     workers: int | None = None,
     progress: Progress | None = None,
 ) -> Materialized:
-    """Write the selected samples of a round, their members' bytes as they are; a run that was stopped is gone on with.
+    """Write the selected samples of a round, their members' bytes as they are; only the shards that are missing.
 
     Args:
         store: an indexed store.
@@ -104,11 +104,10 @@ def materialize(
     """
     published, place = store.round(round), storage.absolute(folder)
     plan = _plan(published, samples_per_shard, prefix, unique_keys)
-    known = _claim(place, plan)
-    if known is not None:
-        return Materialized(place, published.number, known, 0)
-    runs = list(_runs(plan))
-    there = {name for name in storage.list_names(place) if name.endswith(".tar")}
+    finished = _claim(place, plan)
+    runs, there = list(_runs(plan)), _there(place, finished)
+    if finished is not None and all(name in there for name, *_ in runs):
+        return Materialized(place, published.number, finished, 0)
     samples = SelectedSamples(store, round=published.number)
     write = partial(_write_run, samples, place, plan, there)
     shards, done = [], 0
@@ -168,6 +167,14 @@ def _claim(place: str, plan: dict[str, Any]) -> tuple[MadeShard, ...] | None:
     return tuple(MadeShard(**shard) for shard in manifest["shards"])
 
 
+def _there(place: str, finished: Sequence[MadeShard] | None) -> dict[str, MadeShard | None]:
+    """The files that need not be written, and what a manifest says of them."""
+    sizes = {file.name: file.size for file in storage.list_files(place)}
+    if finished is None:
+        return dict.fromkeys(sizes)
+    return {shard.name: shard for shard in finished if sizes.get(shard.name) == shard.bytes}
+
+
 def _difference(found: bytes, plan: dict[str, Any]) -> str:
     try:
         other = json.loads(found)
@@ -186,10 +193,16 @@ def _runs(plan: dict[str, Any]) -> Iterator[tuple[str, int, int]]:
 
 
 def _write_run(
-    samples: SelectedSamples, place: str, plan: dict[str, Any], there: set[str], run: tuple[str, int, int]
+    samples: SelectedSamples,
+    place: str,
+    plan: dict[str, Any],
+    there: Mapping[str, MadeShard | None],
+    run: tuple[str, int, int],
 ) -> MadeShard:
     name, first, stop = run
     url = storage.join(place, name)
+    if (known := there.get(name)) is not None:
+        return known
     if name in there:
         reader = storage.open_reader(url)
         reader.close()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -14,6 +15,7 @@ from dynams_stream import schema, storage
 from dynams_stream.dataset import Dataset
 from dynams_stream.errors import RoundNotFoundError, ScoresIncompleteError
 from dynams_stream.ordered_map import ordered_thread_map
+from dynams_stream.parquet_footer import read_footer
 from dynams_stream.store import Store
 from pipeline.receipt import Receipt, bad_shards, name_bad_shards
 
@@ -22,10 +24,17 @@ FOOTER_THREADS = 8
 
 @dataclass(frozen=True)
 class FinishedPart:
-    """A score table that is there: what it was made from, and its receipt."""
+    """A score table that is there.
+
+    Attributes:
+        identity: what it was made from.
+        receipt: of the job that made it.
+        footer_sha256: digest of its footer, which holds one of the rest: together they settle each byte.
+    """
 
     identity: Mapping[str, Any]
     receipt: Receipt
+    footer_sha256: str
 
 
 def finished_parts(store: Store, number: int) -> dict[int, FinishedPart]:
@@ -37,14 +46,17 @@ def finished_parts(store: Store, number: int) -> dict[int, FinishedPart]:
 
 
 def _read_footer(url: str) -> FinishedPart | None:
+    footer = read_footer(url)  # raises where the store fails: a table that cannot be read now is not missing
     try:
-        with storage.open_random(url) as file:
-            metadata = pq.read_metadata(file).metadata or {}
+        metadata = pq.read_metadata(pa.BufferReader(footer)).metadata or {}
+        identity = json.loads(metadata[schema.IDENTITY_KEY])
+        _ = identity["dataset"]["digest"]  # what all ask of an identity
         return FinishedPart(
-            identity=json.loads(metadata[schema.IDENTITY_KEY]),
+            identity=identity,
             receipt=Receipt.from_json(metadata[schema.RECEIPT_KEY]),
+            footer_sha256=hashlib.sha256(footer).hexdigest(),
         )
-    except (pa.ArrowInvalid, KeyError, ValueError, TypeError):
+    except (pa.ArrowException, OSError, KeyError, ValueError, TypeError, AttributeError):  # thrift's is an OSError
         return None
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 import json
 from collections.abc import Callable, Collection, Iterator, Mapping
@@ -115,9 +116,14 @@ def score_table_file(table: pa.Table, identity: str, receipt: Callable[[], Recei
     )
     for start, stop in _shard_runs(table["shard"].to_numpy()):
         writer.write_table(table.slice(start, stop - start), row_group_size=schema.ROW_GROUP_ROWS)
+    digest = hashlib.sha256(buffer.getbuffer()).hexdigest()  # all of the file but its footer, which `close` writes
     made = receipt()
     writer.add_key_value_metadata(
-        {schema.IDENTITY_KEY.decode(): identity, schema.RECEIPT_KEY.decode(): json.dumps(asdict(made))}
+        {
+            schema.IDENTITY_KEY.decode(): identity,
+            schema.RECEIPT_KEY.decode(): json.dumps(asdict(made)),
+            schema.DATA_DIGEST_KEY.decode(): digest,
+        }
     )
     writer.close()
     return buffer.getbuffer(), made

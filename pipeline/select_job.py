@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 from distributed import Client
 
-from dynams_stream import schema
+from dynams_stream import schema, storage
 from dynams_stream.class_quotas import ClassQuotas
 from dynams_stream.cut import ScorePart, exact_cut, rows_by_shard
 from dynams_stream.dataset import Dataset
@@ -139,7 +139,8 @@ def select_round(
         manifest = round_manifest(store, dataset, number, scored, parts, result, started)
         manifest |= {"class_balance": class_balance, "min_per_class": min_per_class}
         if judged_by is not None:
-            manifest["excluded"] = {"samples": result.excluded, "judged_by": judged_by}
+            listed = storage.file_digest(store.path(schema.excluded_path(number)))
+            manifest["excluded"] = {"samples": result.excluded, "judged_by": judged_by, "sha256": listed}
         manifest["guards"] = asdict(examine_selection(store, dataset, number, scored, result, most_disagreement))
         manifest["faithfulness"] = None if faithfulness is None else asdict(faithfulness)
         if left_out:

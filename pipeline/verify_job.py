@@ -1,16 +1,21 @@
 """Checks every file of a store against what manifests and file names say of it; changes nothing.
 
 dataset/<version>   its parts' member indexes: content (their names hold its digest), samples
-rounds/<round>      selection: SHA-256, rows; score tables: page checksums, lines, what made them; that the cut is exact
+control/weights     SHA-256
+rounds/<round>      selection, excluded rows: SHA-256, rows
+                    score tables: SHA-256, page checksums, lines, what made them
+                    where all are sound: the cut, made again, and what `round.json` says of it
 everything else     files that nothing names
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import chain
+from types import NoneType
 from typing import Any
 
 import numpy as np
@@ -20,10 +25,12 @@ from dynams_stream import schema, storage
 from dynams_stream.dataset import Dataset, Part
 from dynams_stream.errors import DynamsError, StoreError
 from dynams_stream.index import part_digest, read_part_index
-from dynams_stream.ordered_map import ordered_thread_map
+from dynams_stream.ordered_map import OrderedMap, ordered_thread_map
 from dynams_stream.store import Round, Store
 from pipeline.cores import available_cores
-from pipeline.verify_round import Problem, RoundCheck, read_checked, reason_of
+from pipeline.orphans import is_being_written, orphans, strangers
+from pipeline.verify_cut import check_cut
+from pipeline.verify_round import Problem, RoundCheck, checked_table, has_lines_of, reason_of
 
 Progress = Callable[[int, int], None]
 
@@ -35,15 +42,18 @@ class Verification:
     Attributes:
         files: how many files were checked.
         problems: what is wrong, in the order of the store's layout.
-        orphans: files that nothing names, relative to the store; harmless, `dynams gc` removes them. None are told
-            while a manifest or dataset table cannot be read.
+        orphans: files (and folders) that nothing names, relative to the store, but for those that another job seems to
+            be writing; harmless. None are told while a manifest or dataset table cannot be read.
         unfinished: rounds that were begun and not published.
+        without_hashes: published rounds from before score tables had hashes; of these tables only the pages' checksums,
+            and what the cut made of them, could be compared.
     """
 
     files: int
     problems: tuple[Problem, ...]
     orphans: tuple[str, ...]
     unfinished: tuple[int, ...]
+    without_hashes: tuple[int, ...] = ()
 
 
 def verify_store(
@@ -55,7 +65,7 @@ def verify_store(
         store: an indexed store.
         shards: also look at each shard's size, time (or entity tag) and first header, as readers do.
         workers: files that are read at once; by default one per core.
-        progress: called with the files that are checked and all of them.
+        progress: called with how many files are checked and cuts made again, and how many there are of both.
 
     Raises:
         NotIndexedError: there is no dataset to check.
@@ -68,21 +78,26 @@ def verify_store(
     whole = not problems  # else files that a damaged manifest names would pass for orphans
     checks = chain(
         _index_checks(store, datasets),
+        _weight_checks(store, rounds),
         _round_checks(rounds, datasets),
         _shard_checks(store, datasets) if shards else (),
     )
-    total = _how_many(store, datasets, rounds, shards)
+    files = _how_many(store, datasets, rounds, shards)
     parallel = ordered_thread_map(workers or available_cores())
-    for done, found in enumerate(parallel(_run, checks), 1):
+    for done, found in enumerate(chain(parallel(_run, checks), _cut_checks(rounds, datasets, problems, parallel)), 1):
         problems += found
         if progress is not None:
-            progress(done, total)
-    published = {published.number for published in rounds}
+            progress(done, files + len(rounds))
+    published = {one.number for one in rounds}
+    unnamed = chain(orphans(store, datasets.values(), rounds), strangers(store, datasets.values())) if whole else ()
     return Verification(
-        files=len(datasets) + len(rounds) + total,
+        files=len(datasets) + len(rounds) + files,
         problems=tuple(problems),
-        orphans=tuple(orphans(store, datasets.values(), rounds)) if whole else (),
+        orphans=tuple(path for path in unnamed if not is_being_written(store, path)),
         unfinished=tuple(number for number in store.round_numbers() if number not in published),
+        without_hashes=tuple(
+            one.number for one in rounds if one.manifest["score_parts"] and "score_footers_sha256" not in one.manifest
+        ),
     )
 
 
@@ -94,10 +109,10 @@ def _run(check: Check) -> list[Problem]:
 
 
 def _how_many(store: Store, datasets: dict[int, Dataset], rounds: Sequence[Round], shards: bool) -> int:
-    """How many checks there will be; they are made one by one, since those of a round hold its selection."""
+    """How many files there are to check."""
     indexes = {part.index_file for dataset in datasets.values() for part in dataset.parts}
-    of_rounds = sum(1 for _ in _round_checks(rounds, datasets))
-    return len(indexes) + of_rounds + (sum(1 for _ in _shard_checks(store, datasets)) if shards else 0)
+    others = chain(_weight_checks(store, rounds), _round_checks(rounds, datasets))
+    return len(indexes) + sum(1 for _ in others) + (sum(1 for _ in _shard_checks(store, datasets)) if shards else 0)
 
 
 # ---- manifests -------------------------------------------------------------------------------------------------------
@@ -130,24 +145,40 @@ def _rounds(store: Store, problems: list[Problem]) -> list[Round]:
     return found
 
 
+_NEEDED: Mapping[str, type | tuple[type, ...]] = {
+    "dataset.version": int, "dataset.digest": str, "selection.sha256": str, "counts.all": int, "counts.selected": int,
+    "score_parts": list, "strategy": str, "fraction": (int, float), "scores_of": (int, NoneType),
+    "checkpoint": (dict, NoneType), "threshold": (int, float, str, NoneType),
+}  # fmt: skip
+"""Entries that the checks go by."""
+_LATER: Mapping[str, type | tuple[type, ...]] = {
+    "score_footers_sha256": list, "excluded": dict, "bad_shards": list, "sample_weight": (str, NoneType),
+}  # fmt: skip
+"""Those that earlier versions did not write."""
+
+
+def _has(manifest: Mapping[str, Any], name: str, kind: type | tuple[type, ...]) -> bool:
+    """Whether an entry, or one within another (`counts.all`), is there and of a kind."""
+    found: Any = manifest
+    for step in name.split("."):
+        if not isinstance(found, Mapping) or step not in found:
+            return False
+        found = found[step]
+    return isinstance(found, kind)
+
+
 def _require_manifest(manifest: Mapping[str, Any]) -> None:
     """Make sure that what the checks go by is there.
 
     Raises:
         StoreError: names what is not.
     """
-    kinds: dict[str, type | tuple[type, ...]] = {
-        "dataset": dict, "selection": dict, "counts": dict, "score_parts": list, "strategy": str,
-        "scores_of": (int, type(None)), "checkpoint": (dict, type(None)), "threshold": (int, float, str, type(None)),
-    }  # fmt: skip
-    wrong = [name for name, kind in kinds.items() if name not in manifest or not isinstance(manifest[name], kind)]
-    needed = {"dataset": ("version", "digest"), "selection": ("sha256",), "counts": ("all", "selected")}
-    wrong += [
-        f"{name}.{key}"
-        for name, keys in needed.items()
-        for key in keys
-        if name not in wrong and key not in manifest[name]
-    ]
+    wrong = [name for name, kind in _NEEDED.items() if not _has(manifest, name, kind)]
+    wrong += [name for name, kind in _LATER.items() if name in manifest and not _has(manifest, name, kind)]
+    if manifest.get("checkpoint") is not None:
+        wrong += [name for name in ("checkpoint.path", "checkpoint.sha256") if not _has(manifest, name, str)]
+    if "score_parts" not in wrong and not all(isinstance(part, int) for part in manifest["score_parts"]):
+        wrong.append("score_parts")
     if wrong:
         raise StoreError(f"it lacks what a manifest has: {', '.join(wrong)}")
     if (manifest.get("status") == "partial") != bool(manifest.get("bad_shards")):
@@ -166,17 +197,15 @@ def _index_checks(store: Store, datasets: dict[int, Dataset]) -> Iterator[Check]
         for part in dataset.parts:
             if part.index_file not in seen:
                 seen.add(part.index_file)
-                counts = dataset.counts[part.first_shard : part.first_shard + part.shards]
-                yield partial(_check_index, store, part, counts)
+                yield partial(_check_index, store, part, dataset.counts)
 
 
 def _check_index(store: Store, part: Part, counts: npt.NDArray[np.int64]) -> list[Problem]:
     url = store.path(part.index_file)
     try:
-        read_checked(url)
+        if not has_lines_of(checked_table(storage.read_bytes(url)), part, counts):
+            return [Problem(part.index_file, "its lines are not the samples of the dataset's table", _INDEX_AGAIN)]
         indexes = read_part_index(url)
-        if [len(index) for index in indexes.values()] != counts.tolist():
-            return [Problem(part.index_file, "its samples are not as many as the dataset's table has", _INDEX_AGAIN)]
         if part.index_file != schema.index_path(part.number, part_digest(part.first_shard, list(indexes.values()))):
             return [Problem(part.index_file, "its content is not what its name says", _INDEX_AGAIN)]
     except Exception as error:  # noqa: BLE001 (of damaged bytes a reader may make anything)
@@ -201,6 +230,38 @@ def _check_shard(store: Store, url: str, recorded: str) -> list[Problem]:
     return []
 
 
+# ---- weights that were saved for scoring -----------------------------------------------------------------------------
+
+_DIGEST_NAME = re.compile(r"([0-9a-f]{16})\.safetensors")
+
+
+def _weight_checks(store: Store, rounds: Sequence[Round]) -> Iterator[Check]:
+    """Of those that a round was scored with, and of all whose names hold a digest."""
+    digests: dict[str, str] = {}
+    needed = set()
+    for checkpoint in (published.manifest["checkpoint"] for published in rounds):
+        folder, _, name = (checkpoint["path"] if checkpoint else "").rpartition("/")
+        if f"/{folder}".endswith(f"/{schema.WEIGHTS_FOLDER}"):
+            digests[name] = checkpoint["sha256"]
+            if folder == store.path(schema.WEIGHTS_FOLDER):  # else of another store, or of this one before it was moved
+                needed.add(name)
+    there = storage.list_names(store.path(schema.WEIGHTS_FOLDER))
+    for name in sorted(needed.union(name for name in there if name in digests or _DIGEST_NAME.fullmatch(name))):
+        yield partial(_check_weights, store, f"{schema.WEIGHTS_FOLDER}/{name}", digests.get(name))
+
+
+def _check_weights(store: Store, path: str, recorded: str | None) -> list[Problem]:
+    advice = "restore it from a copy; loaders go on without it, but nothing can be scored with it again"
+    try:
+        found = storage.file_digest(store.path(path))
+    except FileNotFoundError:
+        return [Problem(path, "not there, though a round was scored with it", advice)]
+    named = _DIGEST_NAME.fullmatch(path.rpartition("/")[2])
+    if recorded not in (None, found) or (named is not None and not found.startswith(named[1])):
+        return [Problem(path, "not the weights that were saved: their SHA-256 differs", advice)]
+    return []
+
+
 # ---- rounds ----------------------------------------------------------------------------------------------------------
 
 
@@ -222,8 +283,23 @@ def _round_checks(rounds: Sequence[Round], datasets: dict[int, Dataset]) -> Iter
             continue
         check = RoundCheck(published, dataset)
         yield check.selection_file
+        if published.manifest.get("excluded"):
+            yield check.excluded_file
         for part in published.manifest["score_parts"]:
             yield partial(check.score_table, dataset.parts[part])
+
+
+def _cut_checks(
+    rounds: Sequence[Round], datasets: dict[int, Dataset], problems: Sequence[Problem], parallel: OrderedMap
+) -> Iterator[list[Problem]]:
+    """Each round's problems, none of those whose files have some already; asked for when the files are checked."""
+    damaged = {problem.path for problem in problems}
+    for published in rounds:
+        dataset, number = _dataset_of(published, datasets), published.number
+        scored = published.manifest["scores_of"] or number
+        files = {schema.manifest_path(number), schema.selection_path(number), schema.excluded_path(number)}
+        files |= {schema.scores_path(scored, part) for part in published.manifest["score_parts"]}
+        yield [] if dataset is None or files & damaged else check_cut(published, dataset, parallel)
 
 
 def _wrong_dataset(published: Round) -> list[Problem]:
@@ -236,31 +312,3 @@ def _wrong_dataset(published: Round) -> list[Problem]:
 def _wrong_parts(published: Round) -> list[Problem]:
     what = "the score parts that it names are not those of its dataset"
     return [Problem(schema.manifest_path(published.number), what, "restore it from a copy")]
-
-
-# ---- what nothing names ----------------------------------------------------------------------------------------------
-
-
-def orphans(store: Store, datasets: Iterable[Dataset], rounds: Sequence[Round]) -> Iterator[str]:
-    """Files in the folders of datasets, index and published rounds that no manifest names, relative to the store."""
-    indexes = {part.index_file for dataset in datasets for part in dataset.parts}
-    for name in storage.list_names(store.path(schema.INDEX_FOLDER)):
-        if (path := f"{schema.INDEX_FOLDER}/{name}") not in indexes:
-            yield path
-    for name in storage.list_names(store.path(schema.DATASET_FOLDER)):
-        if not (name.endswith(".parquet") and name.removesuffix(".parquet").isdigit()):
-            yield f"{schema.DATASET_FOLDER}/{name}"
-    used = {
-        schema.scores_path(published.manifest["scores_of"] or published.number, part)
-        for published in rounds
-        for part in published.manifest["score_parts"]
-    }
-    for published in rounds:
-        number = published.number
-        named = {schema.manifest_path(number), schema.selection_path(number), schema.scores_folder(number)}
-        if published.manifest.get("excluded"):
-            named.add(schema.excluded_path(number))
-        for folder, known in ((schema.round_path(number), named), (schema.scores_folder(number), used)):
-            for name in storage.list_names(store.path(folder)):
-                if (path := f"{folder}/{name}") not in known:
-                    yield path

@@ -3,26 +3,25 @@
 from __future__ import annotations
 
 import json
-import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
-from functools import cached_property
+from hashlib import sha256
 
 import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from dynams_stream import schema, storage
-from dynams_stream.cut_part import score_keys
 from dynams_stream.dataset import Dataset, Part
-from dynams_stream.errors import DynamsError
+from dynams_stream.parquet_footer import footer_bytes, read_footer
 from dynams_stream.selection import Selection
+from dynams_stream.selection_file import read_counts
 from dynams_stream.store import Round
-from dynams_stream.strategy import Strategy
 from pipeline.receipt import BadShard, Receipt
 
-_SELECT_AGAIN = "restore it from a copy, or remove the round's folder and run dynams select again"
+SELECT_AGAIN = "restore it from a copy, or remove the round's folder and run dynams select again"
 
 
 @dataclass(frozen=True)
@@ -44,34 +43,58 @@ class Problem:
 
 
 class RoundCheck:
-    """The files of one round; its selection is read once."""
+    """The files of one round, each by itself."""
 
     def __init__(self, published: Round, dataset: Dataset):
         self.round, self.manifest, self.dataset = published, published.manifest, dataset
-        self._one_at_a_time = threading.Lock()
-
-    @cached_property
-    def selection(self) -> Selection:
-        return self.round.selection()
 
     def selection_file(self) -> list[Problem]:
         """What is wrong with `selection.parquet`."""
-        path = schema.selection_path(self.round.number)
-        try:
-            if storage.file_digest(self.round.store.path(path)) != self.manifest["selection"]["sha256"]:
-                return [Problem(path, "not the file that was published: its SHA-256 differs", _SELECT_AGAIN)]
-            return [Problem(path, what, _SELECT_AGAIN) for what in self._wrong_with_rows()]
-        except Exception as error:  # noqa: BLE001 (of damaged bytes a reader may make anything)
-            return [Problem(path, reason_of(error), _SELECT_AGAIN)]
+        return self._list_of_rows(schema.selection_path(self.round.number), self._wrong_with_selection)
 
-    def _wrong_with_rows(self) -> Iterator[str]:
-        selected, there, counts = self.selection.counts, self.dataset.counts, self.round.counts
+    def excluded_file(self) -> list[Problem]:
+        """What is wrong with `excluded.parquet`."""
+        return self._list_of_rows(schema.excluded_path(self.round.number), self._wrong_with_excluded)
+
+    def _list_of_rows(self, path: str, wrong: Callable[[str], Iterator[str]]) -> list[Problem]:
+        try:
+            return [Problem(path, what, SELECT_AGAIN) for what in wrong(self.round.store.path(path))]
+        except Exception as error:  # noqa: BLE001 (of damaged bytes a reader may make anything)
+            return [Problem(path, reason_of(error), SELECT_AGAIN)]
+
+    def _wrong_with_selection(self, url: str) -> Iterator[str]:
+        recorded, counts = self.manifest["selection"], self.round.counts
+        if storage.file_digest(url) != recorded["sha256"]:
+            yield "not the file that was published: its SHA-256 differs"
+            return
+        selection = self.round.selection()
+        yield from self._wrong_with_rows(selection)
+        if (selection.total, self.dataset.samples) != (counts["selected"], counts["all"]):
+            yield f"{selection.total} rows of {self.dataset.samples} samples; round.json has {dict(counts)}"
+        told = {
+            "footer_sha256": sha256(read_footer(url)).hexdigest(),
+            "per_shard": " ".join(map(str, read_counts(url).tolist())),
+        }
+        for name, value in told.items():
+            if recorded.get(name, value) != value:  # earlier versions did not record it
+                yield f"selection.{name} of round.json is of another file"
+
+    def _wrong_with_excluded(self, url: str) -> Iterator[str]:
+        recorded = self.manifest["excluded"]
+        found = Selection.read(url)
+        if recorded.get("sha256", found.digest) != found.digest:
+            yield "not the file that was published: its SHA-256 differs"
+            return
+        yield from self._wrong_with_rows(found)
+        if found.total != recorded["samples"]:
+            yield f"it has {found.total} rows; round.json says {recorded['samples']}"
+
+    def _wrong_with_rows(self, selection: Selection) -> Iterator[str]:
+        selected, there = selection.counts, self.dataset.counts
         if len(selected) != len(there) or (selected > there).any():
             yield "it does not fit the dataset's shards"
-        elif any(self.selection.rows(shard)[-1] >= there[shard] for shard in np.flatnonzero(selected).tolist()):
+        elif any(selection.rows(shard)[-1] >= there[shard] for shard in np.flatnonzero(selected).tolist()):
             yield "it has rows that its shards do not have"
-        if (self.selection.total, self.dataset.samples) != (counts["selected"], counts["all"]):
-            yield f"{self.selection.total} rows of {self.dataset.samples} samples; round.json has {dict(counts)}"
 
     def score_table(self, part: Part) -> list[Problem]:
         """What is wrong with the score table of a part."""
@@ -79,18 +102,29 @@ class RoundCheck:
         path = schema.scores_path(self.manifest["scores_of"] or number, part.number)
         advice = f"restore it from a copy; loaders go on without it, but round {number} cannot be cut again"
         try:
-            table = read_checked(self.round.store.path(path))
+            data = storage.read_bytes(self.round.store.path(path))
+            table = checked_table(data)
             schema.require_format(table.schema.metadata, path)
-            what = self._wrong_with_table(part, table)
+            what = self._wrong_with_table(part, table) or self._wrong_with_bytes(part, data, table)
         except Exception as error:  # noqa: BLE001 (of damaged bytes a reader may make anything)
             what = reason_of(error)
         return [] if what is None else [Problem(path, what, advice)]
 
+    def _wrong_with_bytes(self, part: Part, data: bytes, table: pa.Table) -> str | None:
+        """Whether they are the ones that were scored and cut; earlier versions have not recorded that."""
+        end = len(data) - footer_bytes(data)
+        wanted = table.schema.metadata.get(schema.DATA_DIGEST_KEY)
+        if wanted is not None and sha256(memoryview(data)[:end]).hexdigest() != wanted.decode():
+            return "not the table that was scored: its SHA-256 is not the one that it says"
+        if (footers := self.manifest.get("score_footers_sha256")) is None:
+            return None
+        recorded = dict(zip(self.manifest["score_parts"], footers, strict=True))[part.number]
+        if sha256(memoryview(data)[end:]).hexdigest() != recorded:
+            return "not the table that was cut: its footer has another SHA-256 than round.json says"
+        return None
+
     def _wrong_with_table(self, part: Part, table: pa.Table) -> str | None:
-        counts = self.dataset.counts[part.first_shard : part.first_shard + part.shards]
-        shards = np.repeat(np.arange(part.first_shard, part.first_shard + part.shards), counts)
-        rows = np.concatenate([np.arange(count) for count in counts.tolist()])
-        if not (np.array_equal(table["shard"], shards) and np.array_equal(table["row"], rows)):
+        if not has_lines_of(table, part, self.dataset.counts):
             return f"not one line for each of the part's {part.samples} samples"
         made_from = json.loads(table.schema.metadata.get(schema.IDENTITY_KEY, b"null"))
         if made_from is None or made_from["dataset"]["digest"] != self.dataset.digest:
@@ -101,11 +135,7 @@ class RoundCheck:
         ):
             return "it was made by another checkpoint or scorer than round.json has"
         bad = Receipt.from_json(table.schema.metadata[schema.RECEIPT_KEY]).bad_shards
-        if (what := self._wrong_with_bad_shards(part, table, bad)) is not None:
-            return what
-        if not self._is_exact(part, table):
-            return f"round {self.round.number} does not select its smallest values of {self.manifest['strategy']}"
-        return None
+        return self._wrong_with_bad_shards(part, table, bad)
 
     def _wrong_with_bad_shards(self, part: Part, table: pa.Table, bad: Sequence[BadShard]) -> str | None:
         """Whether the part was made without the shards that `round.json` names, and nothing is selected of them."""
@@ -119,34 +149,22 @@ class RoundCheck:
                 return f"it has scores of shard {one.shard}, which round.json says was left out"
         return None
 
-    def _is_exact(self, part: Part, table: pa.Table) -> bool:
-        """Whether all samples below the recorded threshold are selected, and none above it.
 
-        True where a table cannot tell: with quotas of classes or excluded samples, or where the selection is damaged.
-        """
-        if any(self.manifest.get(name) for name in ("class_balance", "min_per_class", "excluded")):
-            return True
-        counts = self.dataset.counts[part.first_shard : part.first_shard + part.shards].tolist()
-        chosen = [np.zeros(count, dtype=bool) for count in counts]
-        try:
-            with self._one_at_a_time:
-                for shard, selected in enumerate(chosen, part.first_shard):
-                    selected[self.selection.rows(shard)] = True
-        except (DynamsError, IndexError, OSError):
-            return True
-        selected, threshold = np.concatenate(chosen), self.manifest["threshold"]
-        if threshold is None:
-            return not selected.any()
-        strategy = Strategy.parse(self.manifest["strategy"])
-        keys = score_keys(strategy.evaluate({name: table[name].to_numpy() for name in strategy.columns}))
-        border = score_keys(np.array([threshold], dtype=np.float32))[0]
-        return bool(selected[keys < border].all() and not selected[keys > border].any())
-
-
-def read_checked(url: str) -> pa.Table:
+def checked_table(data: bytes) -> pa.Table:
     """A whole table, with the checksums of its pages compared."""
-    with storage.open_random(url) as file:
-        return pq.ParquetFile(file, page_checksum_verification=True).read(use_threads=False)
+    return pq.ParquetFile(pa.BufferReader(data), page_checksum_verification=True).read(use_threads=False)
+
+
+def has_lines_of(table: pa.Table, part: Part, counts: npt.NDArray[np.int64]) -> bool:
+    """Whether a table has one line for each sample of a part, in (shard, row) order.
+
+    Args:
+        counts: int64, samples of each of the dataset's shards.
+    """
+    own = counts[part.first_shard : part.first_shard + part.shards]
+    shards = np.repeat(np.arange(part.first_shard, part.first_shard + part.shards), own)
+    rows = np.concatenate([np.arange(count) for count in own.tolist()])
+    return np.array_equal(table["shard"], shards) and np.array_equal(table["row"], rows)
 
 
 def reason_of(error: Exception) -> str:

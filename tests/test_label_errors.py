@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 import toy_models
-from dynams_stream import ScorerSpec, Store, schema
+from dynams_stream import ScorerSpec, Store, schema, storage
 from dynams_stream.dataset import Part
 from dynams_stream.errors import MissingExtraError, SelectionError, UsageError
 from dynams_stream.samples import SelectedSamples
@@ -80,7 +80,8 @@ def test_planted_errors_are_found_and_left_out(noisy: Store, client: Client, tmp
     assert len(suspected & planted) / len(suspected) > 0.85, "precision"
 
     made = select_round(noisy, fraction=0.5, strategy="-loss", exclude_noisy=True).round
-    assert made.manifest["excluded"] == {"samples": len(suspected), "judged_by": [1, 2]}
+    sha256 = storage.file_digest(noisy.path(schema.excluded_path(made.number)))
+    assert made.manifest["excluded"] == {"samples": len(suspected), "judged_by": [1, 2], "sha256": sha256}
     assert made.counts == {"all": 1437, "scored": 1437, "failed": 0, "selected": 719}
     selection = made.selection()
     starts = np.cumsum(noisy.dataset().counts) - noisy.dataset().counts

@@ -101,6 +101,19 @@ def test_what_is_missing_is_written_again(store: Store, tmp_path: Path) -> None:
     assert (again.written, again.shards) == (2, made.shards)
 
 
+def test_a_finished_folder_is_mended(store: Store, tmp_path: Path) -> None:
+    made = materialize(store, str(tmp_path / "out"), samples_per_shard=50)
+    whole = {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}
+    os.remove(tmp_path / "out" / made.shards[1].name)
+    os.truncate(tmp_path / "out" / made.shards[4].name, 1024)
+    times = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").glob("*-00000[0235].tar")}
+    again = materialize(store, str(tmp_path / "out"), samples_per_shard=50)
+    assert (again.written, again.shards) == (2, made.shards)
+    assert {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()} == whole
+    assert {path: path.stat().st_mtime_ns for path in times} == times
+    assert materialize(store, str(tmp_path / "out"), samples_per_shard=50).written == 0
+
+
 def test_a_folder_of_something_else_is_refused(store: Store, tmp_path: Path) -> None:
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "photo.jpg").write_bytes(b"x")

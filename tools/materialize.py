@@ -43,7 +43,8 @@ def command(
 ) -> None:
     """Write the selected samples of a round as ordinary WebDataset shards, with a manifest of their hashes.
 
-    Killed or stopped, the same command goes on with the shards that are missing; finished, it exits 0 at once.
+    Killed or stopped, the same command goes on with the shards that are missing; of a finished folder it mends those
+    that are gone or cut. With nothing to do it exits 0 at once.
 
     Example: dynams materialize --store runs/a --out data/selected
     """

@@ -36,7 +36,7 @@ def verify(
     json: JsonOption = False,
     debug: DebugOption = False,
 ) -> None:
-    """Read every file that the store's manifests name, and compare: hashes, counts, what made it, that cuts are exact.
+    """Read every file that the store's manifests name, and compare: hashes, counts, what made it; make each cut again.
 
     Changes nothing. Exits 1 when a file is not what it should be; files that nothing names are told, and are no fault.
 
@@ -49,6 +49,7 @@ def verify(
         "problems": [asdict(problem) for problem in found.problems],
         "orphans": list(found.orphans),
         "unfinished_rounds": list(found.unfinished),
+        "rounds_without_hashes": list(found.without_hashes),
     }
     show(result, in_words(found, store), json)
     if found.problems:
@@ -60,10 +61,17 @@ def in_words(found: Verification, store: str) -> str:
     lines = [f"{store}: {found.files:,} files checked, {len(found.problems):,} with problems"]
     lines += _some([str(problem) for problem in found.problems])
     if found.orphans:
-        lines.append(f"{len(found.orphans):,} files that nothing names (dynams gc removes them):")
+        lines.append(
+            f"{len(found.orphans):,} files that nothing names (dynams gc removes those in dataset/, index/, rounds/N/):"
+        )
         lines += _some(list(found.orphans))
     if found.unfinished:
         lines.append(f"begun, not published: rounds {', '.join(map(str, found.unfinished))}")
+    if found.without_hashes:
+        lines.append(
+            f"from before score tables had hashes: rounds {', '.join(map(str, found.without_hashes))}; of these the "
+            f"pages' checksums and the cut were compared"
+        )
     return "\n".join(lines)
 
 
