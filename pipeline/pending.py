@@ -48,6 +48,17 @@ def _read_footer(url: str) -> FinishedPart | None:
         return None
 
 
+def are_published(store: Store, number: int) -> bool:
+    """Whether a published round was cut from the score tables of round `number`: they never change from then on."""
+    return any(number in (published.number, published.manifest["scores_of"]) for published in store.rounds())
+
+
+def may_be_replaced(store: Store, number: int, parts: Mapping[int, FinishedPart]) -> bool:
+    """Whether a scoring job may write some of a round's complete score tables anew: those that lack scores."""
+    lacking = any(part.receipt.failed or part.receipt.bad_shards for part in parts.values())
+    return lacking and not are_published(store, number)
+
+
 def scored_round(store: Store, identity: Mapping[str, Any]) -> int | None:
     """The newest round whose score tables were, or are being, made from `identity`."""
     claims = store.claims()

@@ -21,7 +21,7 @@ from pipeline.cluster import dask_client
 from pipeline.cores import available_cores
 from pipeline.lease import OnBusy, store_lease
 from pipeline.part_runs import PartRuns
-from pipeline.pending import finished_parts, scored_round
+from pipeline.pending import are_published, finished_parts, scored_round
 from pipeline.receipt import BadShard, Receipt, bad_shards, total_seconds
 from pipeline.score_part import PartTask
 
@@ -144,7 +144,7 @@ def score_round(
         dataset, spec = plan.dataset, plan.spec
         number = plan.number if plan.number is not None else store.claim_round(plan.identity)
         limit = max_errors if max_errors is not None else max(10, dataset.samples // 100)
-        if _failed_samples(plan.receipts) > limit and not _is_published(store, number):
+        if _failed_samples(plan.receipts) > limit and not are_published(store, number):
             # What failed may have been mended (a transform, a file): those parts are scored again, the others kept.
             # Not in a published round, which never changes: there the failures are reported below.
             kept = {part: done for part, done in plan.receipts.items() if done.failed == done.unread}
@@ -185,11 +185,6 @@ def score_round(
     )
 
 
-def _is_published(store: Store, number: int) -> bool:
-    """Whether a published round was cut from the score tables of round `number`."""
-    return any(number in (published.number, published.manifest["scores_of"]) for published in store.rounds())
-
-
 def plan_round(
     store: Store, scorer: ScorerSpec, checkpoint: str, device: str = "cpu", max_bad_shards: int = 0
 ) -> ScorePlan:
@@ -202,7 +197,7 @@ def plan_round(
     done = {} if number is None else finished_parts(store, number)
     receipts = {part: found.receipt for part, found in done.items() if found.identity == identity}
     bad = len(bad_shards(receipts.values()))
-    if number is not None and bad and not _is_published(store, number):
+    if number is not None and bad and not are_published(store, number):
         receipts = {part: receipt for part, receipt in receipts.items() if not receipt.bad_shards}
     elif bad > max_bad_shards:
         number, receipts = None, {}  # a published round never changes

@@ -30,7 +30,7 @@ from pipeline.intents import round_to_publish, same_selection, selection_intent
 from pipeline.label_errors import require_cleanlab, score_history, suspected_label_errors
 from pipeline.lease import store_lease
 from pipeline.manifests import now, round_manifest
-from pipeline.pending import FinishedPart, complete_parts, finished_parts, round_to_cut
+from pipeline.pending import FinishedPart, complete_parts, finished_parts, may_be_replaced, round_to_cut
 from pipeline.receipt import bad_shards
 
 logger = logging.getLogger(__name__)
@@ -99,7 +99,7 @@ def select_round(
         UsageError: for a fraction outside [0, 1], or quotas of classes that cannot be.
         MissingExtraError: cleanlab is needed and missing.
         ScoresIncompleteError: when score tables are missing, or were made without too many shards.
-        StoreBusyError: another job may be about to score shards that were left out.
+        StoreBusyError: another job may be about to score again what failed, or shards that were left out.
         SelectionError: when no sample has a value to select on, or a selected one no weight.
         RoundExistsError: when another job published the round first.
     """
@@ -116,7 +116,7 @@ def select_round(
     earlier = same_selection(store, intent)
     if earlier is not None and (not as_newest or earlier.number == store.round("latest").number):
         return SelectResult(earlier, published=False)
-    with _apart_from_scoring(store, dataset, scored, parts) as lease:
+    with _apart_from_scoring(store, scored, parts) as lease:
         number = round_to_publish(store, scored, intent)
         excluded = None if judged_by is None else _exclude(store, dataset, number, judged_by)
         with _ordered_map(client, scheduler, workers) as ordered_map:
@@ -191,9 +191,9 @@ def parse_weight(text: str) -> Strategy:
 
 @contextmanager
 def _apart_from_scoring(
-    store: Store, dataset: Dataset, scored: int | None, parts: Mapping[int, FinishedPart]
+    store: Store, scored: int | None, parts: Mapping[int, FinishedPart]
 ) -> Iterator[Callable[[], None] | None]:
-    """Keep scoring jobs away while tables are cut that they would replace: those made without some shards.
+    """Keep scoring jobs away while tables are cut that they may replace: those that lack some scores.
 
     Gives what makes sure that none has taken over; None where no table can change.
 
@@ -201,7 +201,7 @@ def _apart_from_scoring(
         StoreBusyError: one is at work.
         ScoresIncompleteError: one has replaced tables in this moment.
     """
-    if scored is None or not bad_shards(part.receipt for part in parts.values()):
+    if scored is None or not may_be_replaced(store, scored, parts):
         yield None
         return
     with store_lease(store, "select") as lease:
