@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 
@@ -15,7 +15,7 @@ from dynams_stream import schema
 from dynams_stream.class_quotas import ClassQuotas
 from dynams_stream.cut import ScorePart, exact_cut, rows_by_shard
 from dynams_stream.dataset import Dataset
-from dynams_stream.errors import ScoresIncompleteError, SelectionError, UsageError
+from dynams_stream.errors import ScoresIncompleteError, UsageError
 from dynams_stream.faithfulness import Faithfulness
 from dynams_stream.ordered_map import OrderedMap, ordered_thread_map
 from dynams_stream.selection import selected_count
@@ -26,7 +26,7 @@ from pipeline.cluster import dask_client
 from pipeline.cores import available_cores
 from pipeline.dask_map import ordered_dask_map
 from pipeline.guards import examine_selection
-from pipeline.intents import round_to_publish, same_selection, selection_intent
+from pipeline.intents import round_while_it_can_be_cut, same_selection, selection_intent
 from pipeline.label_errors import require_cleanlab, score_history, suspected_label_errors
 from pipeline.lease import store_lease
 from pipeline.manifests import now, round_manifest
@@ -117,9 +117,11 @@ def select_round(
     if earlier is not None and (not as_newest or earlier.number == store.round("latest").number):
         return SelectResult(earlier, published=False)
     with _apart_from_scoring(store, scored, parts) as lease:
-        number = round_to_publish(store, scored, intent)
-        excluded = None if judged_by is None else _exclude(store, dataset, number, judged_by)
-        with _ordered_map(client, scheduler, workers) as ordered_map:
+        with (
+            _ordered_map(client, scheduler, workers) as ordered_map,
+            round_while_it_can_be_cut(store, scored, intent) as number,
+        ):
+            excluded = None if judged_by is None else suspected_label_errors(store, dataset, judged_by)
             result = exact_cut(
                 _score_parts(store, dataset, scored, excluded),
                 fraction=fraction,
@@ -127,13 +129,11 @@ def select_round(
                 destination=store.path(schema.selection_path(number)),
                 quotas=quotas,
                 sample_weight=weight,
+                needs_scores=True,
                 ordered_map=ordered_map,
             )
-        if result.scored == 0 and selected_count(fraction, dataset.samples):
-            raise SelectionError(
-                f"{store.url}: none of {dataset.samples} samples has a value of {chosen}; "
-                f"margin, loss and el2n need labels: score with the right --label, or select on distance"
-            )
+        if excluded is not None:
+            _list_excluded(store, dataset, number, excluded)
         manifest = round_manifest(store, dataset, number, scored, parts, result, started)
         manifest |= {"class_balance": class_balance, "min_per_class": min_per_class}
         if judged_by is not None:
@@ -212,14 +212,12 @@ def _apart_from_scoring(
         yield lease.require
 
 
-def _exclude(store: Store, dataset: Dataset, number: int, judged_by: Sequence[int]) -> dict[int, Excluded]:
-    """The suspected label errors by part, listed in the round's folder, too."""
-    found = suspected_label_errors(store, dataset, judged_by)
+def _list_excluded(store: Store, dataset: Dataset, number: int, excluded: Mapping[int, Excluded]) -> None:
+    """Write what was left out into the round's folder."""
     with selection_writer(store.path(schema.excluded_path(number))) as writer:
         for part in dataset.parts:
             counts = dataset.counts[part.first_shard : part.first_shard + part.shards]
-            writer.append(*rows_by_shard(counts, found[part.number]))
-    return found
+            writer.append(*rows_by_shard(counts, excluded[part.number]))
 
 
 def _score_parts(

@@ -14,8 +14,11 @@ from distributed import Client
 
 import toy_models
 from dynams_stream import ScorerSpec, Store, schema
+from dynams_stream.class_quotas import ClassQuotas
 from dynams_stream.errors import RoundNotFoundError, ScoresIncompleteError, SelectionError, StoreError, UsageError
 from dynams_stream.samples import SelectedSamples
+from dynams_stream.store import SelectionClaim
+from pipeline.intents import selection_intent
 from pipeline.score_job import score_round
 from pipeline.select_job import select_round
 
@@ -189,6 +192,36 @@ def test_an_interrupted_selection_is_taken_up_again(scored: Store) -> None:
     assert Path(scored.path(schema.selection_path(made.number))).read_bytes() == selection
     assert select_round(scored, fraction=0.1).round.number == 2
     assert select_round(scored, fraction=0.3).round.number == 1
+
+
+@pytest.mark.parametrize(
+    "refused",
+    [{"min_per_class": 200}, {"sample_weight": "-distance"}, {"strategy": "0 * (margin - margin) / 0"}],
+    ids=["quotas", "weights", "no values"],
+)
+def test_what_is_refused_leaves_the_round_to_the_next_call(scored: Store, refused: dict[str, Any]) -> None:
+    with pytest.raises((UsageError, SelectionError)):
+        select_round(scored, fraction=0.1, **refused)
+    assert not Path(scored.path(schema.selection_claim_path(1))).exists()
+    made = select_round(scored, fraction=0.1)
+    assert (made.round.number, made.round.manifest["scores_of"]) == (1, None)
+    with pytest.raises((UsageError, SelectionError)):  # now it would be a round of its own
+        select_round(scored, fraction=0.1, **refused)
+    assert (scored.round_numbers(), list(scored.claims())) == ([1], [1])
+    assert select_round(scored, fraction=0.2).round.number == 2
+
+
+def test_a_claim_that_was_there_before_is_not_given_back(scored: Store) -> None:
+    """Another job with the same selection may be at work, and would lose its round to a third one."""
+    with pytest.raises(SelectionError, match="is -0"):
+        select_round(scored, fraction=0.1, sample_weight="-distance")
+    dataset = scored.dataset()
+    quotas, weight = ClassQuotas(False, 0), "-distance"
+    intent = selection_intent(dataset.digest, 1, "distance", 0.1, quotas, None, [], weight)
+    assert scored.claim_selection(1, intent)
+    with pytest.raises(SelectionError, match="is -0"):
+        select_round(scored, fraction=0.1, sample_weight="-distance")
+    assert scored.claim_selection(1, intent) is SelectionClaim.THERE
 
 
 def test_what_cannot_be_selected(digit_store: Store, scored: Store) -> None:
