@@ -15,7 +15,7 @@ from dynams_stream.dataset import Dataset
 from dynams_stream.errors import RoundNotFoundError, ScoresIncompleteError
 from dynams_stream.ordered_map import ordered_thread_map
 from dynams_stream.store import Store
-from pipeline.receipt import Receipt, bad_shards, name_bad_shards
+from pipeline.receipt import Receipt, allowed_failures, bad_shards, failed_samples, first_errors, name_bad_shards
 
 FOOTER_THREADS = 8
 
@@ -144,3 +144,20 @@ def complete_parts(store: Store, dataset: Dataset, scored: int, max_bad_shards: 
             f"mend them and run dynams score again, or allow so many for a round that is partial"
         )
     return done
+
+
+def require_few_failures(store: Store, number: int, parts: Mapping[int, FinishedPart], max_errors: int | None) -> None:
+    """Refuse score tables that the scoring job itself would not have accepted.
+
+    Raises:
+        ScoresIncompleteError: more samples failed than may; lists the first ones.
+    """
+    receipts = [part.receipt for part in parts.values()]
+    failed, samples = failed_samples(receipts), sum(receipt.samples for receipt in receipts)
+    limit = allowed_failures(max_errors, samples)
+    if failed > limit:
+        shown = "\n  ".join(first_errors(receipts))
+        raise ScoresIncompleteError(
+            f"{store.url}: {failed} of {samples} samples failed in round {number}, {limit} are allowed (--max-errors):"
+            f"\n  {shown}\nmend what failed and run dynams score again, or allow so many: they are never selected"
+        )

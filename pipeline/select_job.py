@@ -30,7 +30,14 @@ from pipeline.intents import round_while_it_can_be_cut, same_selection, selectio
 from pipeline.label_errors import require_cleanlab, score_history, suspected_label_errors
 from pipeline.lease import store_lease
 from pipeline.manifests import now, round_manifest
-from pipeline.pending import FinishedPart, complete_parts, finished_parts, may_be_replaced, round_to_cut
+from pipeline.pending import (
+    FinishedPart,
+    complete_parts,
+    finished_parts,
+    may_be_replaced,
+    require_few_failures,
+    round_to_cut,
+)
 from pipeline.receipt import bad_shards
 
 logger = logging.getLogger(__name__)
@@ -64,6 +71,7 @@ def select_round(
     exclude_noisy: bool = False,
     most_disagreement: float = MOST_DISAGREEMENT,
     sample_weight: str | None = None,
+    max_errors: int | None = None,
     max_bad_shards: int = 0,
     faithfulness: Faithfulness | None = None,
     still_ours: Callable[[], None] | None = None,
@@ -87,6 +95,8 @@ def select_round(
         most_disagreement: warn when more than this share of the selection has a label that the scorer contradicts.
         sample_weight: an expression over score columns, such as `1 - confidence`: its value becomes the weight of each
             selected sample, which loaders give as `__weight__`. It must be finite and not negative.
+        max_errors: failed samples that are accepted, as for scoring: by default 1 % of the dataset, at least 10. They
+            are never selected.
         max_bad_shards: shards that scoring had to leave out; with so many a round is still published, as partial. None
             of their samples is selected.
         faithfulness: how the proxy that scored compared with its model; recorded.
@@ -98,7 +108,8 @@ def select_round(
     Raises:
         UsageError: for a fraction outside [0, 1], or quotas of classes that cannot be.
         MissingExtraError: cleanlab is needed and missing.
-        ScoresIncompleteError: when score tables are missing, or were made without too many shards.
+        ScoresIncompleteError: when score tables are missing, were made without too many shards, or lack the scores of
+            too many samples.
         StoreBusyError: another job may be about to score again what failed, or shards that were left out.
         SelectionError: when no sample has a value to select on, or a selected one no weight.
         RoundExistsError: when another job published the round first.
@@ -116,6 +127,8 @@ def select_round(
     earlier = same_selection(store, intent)
     if earlier is not None and (not as_newest or earlier.number == store.round("latest").number):
         return SelectResult(earlier, published=False)
+    if scored is not None:
+        require_few_failures(store, scored, parts, max_errors)
     with _apart_from_scoring(store, scored, parts) as lease:
         with (
             _ordered_map(client, scheduler, workers) as ordered_map,

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from distributed import Client
+from typer.testing import CliRunner
 
 import toy_models
 from dynams_stream import ScorerSpec, Store, schema
@@ -19,8 +22,10 @@ from dynams_stream.errors import RoundNotFoundError, ScoresIncompleteError, Sele
 from dynams_stream.samples import SelectedSamples
 from dynams_stream.store import SelectionClaim
 from pipeline.intents import selection_intent
+from pipeline.rounds import run_round
 from pipeline.score_job import score_round
 from pipeline.select_job import select_round
+from tools.select_subset import app
 
 LINEAR = ScorerSpec(model="toy_models:linear", input="png", label="cls", transform="toy_models:gray")
 
@@ -222,6 +227,25 @@ def test_a_claim_that_was_there_before_is_not_given_back(scored: Store) -> None:
     with pytest.raises(SelectionError, match="is -0"):
         select_round(scored, fraction=0.1, sample_weight="-distance")
     assert scored.claim_selection(1, intent) is SelectionClaim.THERE
+
+
+def test_scores_that_failed_too_often_are_not_published(digit_store: Store, client: Client, tmp_path: Path) -> None:
+    path = tmp_path / "linear.pt"
+    torch.save(toy_models.linear().state_dict(), path)
+    picky = replace(LINEAR, transform="toy_models:picky")
+    failed = score_round(digit_store, picky, checkpoint=str(path), client=client, max_errors=1437).failed
+    with pytest.raises(ScoresIncompleteError, match=rf"{failed} of 1437 samples failed in round 1, 14 are al") as told:
+        select_round(digit_store, fraction=0.3)
+    assert re.search(r"\n  shard 0, row \d+, key '\d+': cannot decode.*too bright", str(told.value))
+    assert "run dynams score again, or allow so many" in str(told.value)
+    assert digit_store.claim_selection(1, {}) is SelectionClaim.MADE  # nothing was begun
+    Path(digit_store.path(schema.selection_claim_path(1))).unlink()
+    command = ["--store", digit_store.url, "--fraction", "0.3", "--json", "--max-errors"]
+    assert isinstance(CliRunner().invoke(app, [*command, str(failed - 1)]).exception, ScoresIncompleteError)
+    assert json.loads(CliRunner().invoke(app, [*command, str(failed)]).stdout)["published"] is True
+    assert select_round(digit_store, fraction=0.3).published is False  # what is there is found
+    made = run_round(digit_store, picky, weights=path, fraction=0.2, client=client, max_errors=failed, check_samples=0)
+    assert made.counts["failed"] == failed
 
 
 def test_what_cannot_be_selected(digit_store: Store, scored: Store) -> None:

@@ -17,6 +17,7 @@ from tools.command import (
     DryRunOption,
     JsonOption,
     MaxBadShardsOption,
+    MaxErrorsOption,
     StoreOption,
     WorkersOption,
     run,
@@ -72,6 +73,7 @@ def select(
     exclude_noisy: ExcludeNoisyOption = False,
     most_disagreement: MostDisagreementOption = MOST_DISAGREEMENT,
     sample_weight: SampleWeightOption = None,
+    max_errors: MaxErrorsOption = None,
     max_bad_shards: MaxBadShardsOption = 0,
     workers: WorkersOption = None,
     scheduler: SchedulerOption = None,
@@ -99,8 +101,8 @@ def select(
     result = select_round(
         Store(store), fraction=fraction, strategy=strategy, scores_of=round, workers=workers,
         class_balance=class_balance, min_per_class=min_per_class, exclude_noisy=exclude_noisy,
-        most_disagreement=most_disagreement, sample_weight=sample_weight, max_bad_shards=max_bad_shards,
-        scheduler=source,
+        most_disagreement=most_disagreement, sample_weight=sample_weight, max_errors=max_errors,
+        max_bad_shards=max_bad_shards, scheduler=source,
     )  # fmt: skip
     show(as_dict(result), in_words(result, store), json)
 
