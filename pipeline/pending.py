@@ -30,10 +30,15 @@ class FinishedPart:
 
 def finished_parts(store: Store, number: int) -> dict[int, FinishedPart]:
     """Every score table of a round by its part's number; unreadable ones count as missing and are written again."""
+    found = ordered_thread_map(FOOTER_THREADS)(_read_footer, _score_tables(store, number))
+    return {part.receipt.part: part for part in found if part is not None}
+
+
+def _score_tables(store: Store, number: int) -> list[str]:
+    """Where the score tables of a round lie."""
     folder = store.path(schema.scores_folder(number))
     names = [name for name in storage.list_names(folder) if name.startswith("part-") and name.endswith(".parquet")]
-    found = ordered_thread_map(FOOTER_THREADS)(_read_footer, [storage.join(folder, name) for name in names])
-    return {part.receipt.part: part for part in found if part is not None}
+    return [storage.join(folder, name) for name in sorted(names)]
 
 
 def _read_footer(url: str) -> FinishedPart | None:
@@ -93,21 +98,55 @@ def newest_scores(store: Store, dataset: Dataset) -> int:
     )
 
 
-def round_to_cut(store: Store, dataset: Dataset, scores_of: int | None) -> int:
-    """The round whose score tables are to be cut: the newest one, or where the tables of the named one lie.
+def tables_to_cut(store: Store, scores_of: int | None) -> tuple[int, Dataset]:
+    """The round whose score tables are to be cut, and the dataset version that they were made from.
+
+    The newest tables of the newest dataset; or those of the named round, or that it was cut from, even where the
+    dataset has been indexed anew since they were made.
 
     Raises:
         RoundNotFoundError: there is no round of that number.
         ScoresIncompleteError: there are no complete tables.
     """
     if scores_of is None:
-        return newest_scores(store, dataset)
+        newest = store.dataset()
+        return newest_scores(store, newest), newest
     if scores_of not in store.round_numbers():
         raise RoundNotFoundError(f"{store.url} holds no round {scores_of}; `dynams status` lists them")
-    if not finished_parts(store, scores_of) and store.is_published(scores_of):
+    version = _dataset_version(store, scores_of)
+    if version is None and store.is_published(scores_of):
         reused = store.round(scores_of).manifest["scores_of"]
-        return scores_of if reused is None else int(reused)
-    return scores_of
+        if reused is not None:
+            scores_of, version = int(reused), _dataset_version(store, int(reused))
+    return scores_of, scored_dataset(store, scores_of, version)
+
+
+def scored_dataset(store: Store, number: int, version: int | None = None) -> Dataset:
+    """The dataset version that the score tables of a round were made from; the newest where there are none.
+
+    Args:
+        number: the round.
+        version: that version, where it is known.
+
+    Raises:
+        ScoresIncompleteError: that version is not there any more.
+    """
+    version = _dataset_version(store, number) if version is None else version
+    if version is not None and version not in store.dataset_versions():
+        raise ScoresIncompleteError(
+            f"{store.url}: the score tables of round {number} belong to dataset version {version}, which was removed; "
+            f"run dynams score again"
+        )
+    return store.dataset(version)
+
+
+def _dataset_version(store: Store, number: int) -> int | None:
+    """The dataset version that the first readable score table of a round names."""
+    for url in _score_tables(store, number):
+        found = _read_footer(url)
+        if found is not None:
+            return int(found.identity["dataset"]["version"])
+    return None
 
 
 def complete_parts(store: Store, dataset: Dataset, scored: int, max_bad_shards: int) -> dict[int, FinishedPart]:
@@ -117,17 +156,17 @@ def complete_parts(store: Store, dataset: Dataset, scored: int, max_bad_shards: 
         ScoresIncompleteError: some are missing, of another dataset or another scorer, or lack too many shards.
     """
     done = finished_parts(store, scored)
+    foreign = [number for number, part in done.items() if part.identity["dataset"]["digest"] != dataset.digest]
+    if foreign:
+        raise ScoresIncompleteError(
+            f"{store.url}: the score table of part {foreign[0]} of round {scored} does not belong to dataset version "
+            f"{dataset.version} as it is now; remove it and run dynams score again"
+        )
     missing = [part.number for part in dataset.parts if part.number not in done]
     if missing:
         raise ScoresIncompleteError(
             f"{store.url}: round {scored} lacks the score tables of {len(missing)} of {len(dataset.parts)} parts "
             f"(first {missing[:5]}); run dynams score again, it does only what is missing"
-        )
-    foreign = [number for number, part in done.items() if part.identity["dataset"]["digest"] != dataset.digest]
-    if foreign:
-        raise ScoresIncompleteError(
-            f"{store.url}: the score tables of round {scored} belong to dataset version "
-            f"{done[foreign[0]].identity['dataset']['version']}, the newest is {dataset.version}; score it again"
         )
     first = done[dataset.parts[0].number].identity
     mixed = [number for number, part in done.items() if part.identity != first]

@@ -36,7 +36,7 @@ from pipeline.pending import (
     finished_parts,
     may_be_replaced,
     require_few_failures,
-    round_to_cut,
+    tables_to_cut,
 )
 from pipeline.receipt import bad_shards
 
@@ -82,7 +82,8 @@ def select_round(
         store: an indexed store with score tables.
         fraction: γ, the selected part of all samples; the decimal as written counts.
         strategy: an expression over score columns, such as `distance` or `abs(margin)`, or `random:SEED`.
-        scores_of: the round whose score tables are cut; the newest complete ones by default.
+        scores_of: the round whose score tables are cut, in the dataset version that they were made from; by default the
+            newest complete ones of the newest dataset.
         client, scheduler: a Dask cluster whose tasks read the tables, see `pipeline.cluster.dask_client`. Without one
             threads of this process do, which is faster where they reach the tables as fast; the bytes are the same.
         workers: how many threads.
@@ -117,9 +118,8 @@ def select_round(
     chosen, quotas = Strategy.parse(strategy), ClassQuotas(class_balance, min_per_class)
     weight = require_options(chosen, quotas, exclude_noisy, sample_weight)
     started = now()
-    dataset = store.dataset()
-    selected_count(fraction, dataset.samples)
-    scored = None if chosen.seed is not None else round_to_cut(store, dataset, scores_of)
+    selected_count(fraction, 0)
+    scored, dataset = (None, store.dataset()) if chosen.seed is not None else tables_to_cut(store, scores_of)
     parts = {} if scored is None else complete_parts(store, dataset, scored, max_bad_shards)
     judged_by = score_history(store, dataset, scored) if exclude_noisy and scored is not None else None
     left_out = [bad.shard for bad in bad_shards(part.receipt for part in parts.values())]

@@ -9,6 +9,7 @@ import typer
 from dynams_stream.selection import selected_count
 from dynams_stream.store import Store
 from dynams_stream.strategy import Strategy
+from pipeline.pending import tables_to_cut
 from pipeline.select_job import MOST_DISAGREEMENT, SelectResult, select_round
 from tools.cluster_options import ClusterOption, SchedulerFileOption, SchedulerOption, scheduler_source
 from tools.command import (
@@ -92,7 +93,8 @@ def select(
     """
     source = scheduler_source(scheduler, scheduler_file, cluster)
     if dry_run:
-        samples = Store(store).dataset().samples
+        target = Store(store)
+        samples = (target.dataset() if round is None else tables_to_cut(target, round)[1]).samples
         count = selected_count(fraction, samples)
         chosen = str(Strategy.parse(strategy))
         words = f"{store}: would select {count:,} of {samples:,} samples by {chosen}, fewer if fewer have scores"
