@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 
-import numpy as np
-import numpy.typing as npt
 from distributed import Client
 
 from dynams_stream import schema
 from dynams_stream.class_quotas import ClassQuotas
 from dynams_stream.cut import ScorePart, exact_cut, rows_by_shard
+from dynams_stream.cut_part import task_bytes
 from dynams_stream.dataset import Dataset
 from dynams_stream.errors import ScoresIncompleteError, UsageError
 from dynams_stream.faithfulness import Faithfulness
@@ -45,7 +44,8 @@ logger = logging.getLogger(__name__)
 MOST_DISAGREEMENT = 0.15
 """Share of contradicted labels in a selection above which is warned; where it comes from is in docs/method.md."""
 
-Excluded = npt.NDArray[np.uint32]
+THREADS_BYTES = 320 << 20
+"""What the threads of a cut may hold together where their number is not given."""
 
 
 @dataclass(frozen=True)
@@ -86,7 +86,7 @@ def select_round(
             newest complete ones of the newest dataset.
         client, scheduler: a Dask cluster whose tasks read the tables, see `pipeline.cluster.dask_client`. Without one
             threads of this process do, which is faster where they reach the tables as fast; the bytes are the same.
-        workers: how many threads.
+        workers: how many threads; by default one per core, or as many as hold `THREADS_BYTES` together.
         as_newest: take an earlier round that was cut in the same way only if it is the newest one, so that "latest"
             means this selection afterwards; a training script that is run again needs that.
         class_balance: each class gives the same share of its samples.
@@ -130,13 +130,17 @@ def select_round(
     if scored is not None:
         require_few_failures(store, scored, parts, max_errors)
     with _apart_from_scoring(store, scored, parts) as lease:
+        parts_to_cut = _score_parts(store, dataset, scored)
+        threads = workers or _thread_count(parts_to_cut, chosen, weight, quotas)
         with (
-            _ordered_map(client, scheduler, workers) as ordered_map,
+            _ordered_map(client, scheduler, threads) as ordered_map,
             round_while_it_can_be_cut(store, scored, intent) as number,
         ):
-            excluded = None if judged_by is None else suspected_label_errors(store, dataset, judged_by)
+            if judged_by is not None:
+                excluded = suspected_label_errors(store, dataset, judged_by)
+                parts_to_cut = [replace(part, excluded=excluded[part.number]) for part in parts_to_cut]
             result = exact_cut(
-                _score_parts(store, dataset, scored, excluded),
+                parts_to_cut,
                 fraction=fraction,
                 strategy=chosen,
                 destination=store.path(schema.selection_path(number)),
@@ -145,8 +149,8 @@ def select_round(
                 needs_scores=True,
                 ordered_map=ordered_map,
             )
-        if excluded is not None:
-            _list_excluded(store, dataset, number, excluded)
+        if judged_by is not None:
+            _list_excluded(store, number, parts_to_cut)
         manifest = round_manifest(store, dataset, number, scored, parts, result, started)
         manifest |= {"class_balance": class_balance, "min_per_class": min_per_class}
         if judged_by is not None:
@@ -159,10 +163,10 @@ def select_round(
 
 
 @contextmanager
-def _ordered_map(client: Client | None, scheduler: str | None, workers: int | None) -> Iterator[OrderedMap]:
+def _ordered_map(client: Client | None, scheduler: str | None, threads: int) -> Iterator[OrderedMap]:
     """Tasks of a cluster where there is one, else threads."""
     if client is None and scheduler is None:
-        yield ordered_thread_map(workers or available_cores())
+        yield ordered_thread_map(threads)
         return
     with dask_client(client, scheduler=scheduler) as connected:
         yield ordered_dask_map(connected)
@@ -225,24 +229,26 @@ def _apart_from_scoring(
         yield lease.require
 
 
-def _list_excluded(store: Store, dataset: Dataset, number: int, excluded: Mapping[int, Excluded]) -> None:
+def _thread_count(parts: Sequence[ScorePart], strategy: Strategy, weight: Strategy | None, quotas: ClassQuotas) -> int:
+    """As many threads as there are cores, but no more than fit into `THREADS_BYTES` when all have a large part."""
+    largest = max((task_bytes(part, strategy, weight, bool(quotas)) for part in parts), default=0)
+    return max(1, min(available_cores(), THREADS_BYTES // max(largest, 1)))
+
+
+def _list_excluded(store: Store, number: int, parts: Iterable[ScorePart]) -> None:
     """Write what was left out into the round's folder."""
     with selection_writer(store.path(schema.excluded_path(number))) as writer:
-        for part in dataset.parts:
-            counts = dataset.counts[part.first_shard : part.first_shard + part.shards]
-            writer.append(*rows_by_shard(counts, excluded[part.number]))
+        for part in parts:
+            writer.append(*rows_by_shard(part.counts, part.excluded))
 
 
-def _score_parts(
-    store: Store, dataset: Dataset, scored: int | None, excluded: Mapping[int, Excluded] | None
-) -> list[ScorePart]:
+def _score_parts(store: Store, dataset: Dataset, scored: int | None) -> list[ScorePart]:
     return [
         ScorePart(
             url=None if scored is None else store.path(schema.scores_path(scored, part.number)),
             number=part.number,
             first_shard=part.first_shard,
             counts=dataset.counts[part.first_shard : part.first_shard + part.shards],
-            excluded=None if excluded is None else excluded[part.number],
         )
         for part in dataset.parts
     ]

@@ -18,9 +18,12 @@ from typer.testing import CliRunner
 import toy_models
 from dynams_stream import ScorerSpec, Store, schema
 from dynams_stream.class_quotas import ClassQuotas
+from dynams_stream.cut_part import ScorePart
 from dynams_stream.errors import RoundNotFoundError, ScoresIncompleteError, SelectionError, StoreError, UsageError
 from dynams_stream.samples import SelectedSamples
 from dynams_stream.store import SelectionClaim
+from dynams_stream.strategy import Strategy
+from pipeline import select_job
 from pipeline.intents import selection_intent
 from pipeline.rounds import run_round
 from pipeline.score_job import score_round
@@ -71,6 +74,20 @@ def test_any_number_of_workers_gives_the_same_bytes(scored: Store) -> None:
             made = select_round(scored, fraction="0.2", workers=workers)
         files.append(Path(scored.path(schema.selection_path(made.round.number))).read_bytes())
     assert files[0] == files[1] == files[2]
+
+
+def test_as_many_threads_as_memory_allows(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(select_job, "available_cores", lambda: 48)
+
+    def threads(rows: int, strategy: str = "distance", weight: str | None = None, least: int = 0) -> int:
+        parts = [ScorePart("", 0, 0, np.array([10])), ScorePart("", 1, 1, np.array([rows - 10, 10]))]
+        expression = None if weight is None else Strategy.parse(weight)
+        return select_job._thread_count(parts, Strategy.parse(strategy), expression, ClassQuotas(False, least))
+
+    assert (threads(100_000), threads(500_000), threads(10_000_000)) == (48, 13, 1)
+    assert threads(500_000) > threads(500_000, "-loss") > threads(500_000, "-loss", least=1) > 1
+    assert threads(500_000, weight="1 - confidence") == threads(500_000, "distance + confidence")
+    assert threads(500_000, "random:1") == threads(500_000)
 
 
 @pytest.mark.parametrize(
