@@ -17,7 +17,7 @@ from dynams_stream.dataset import Dataset
 from dynams_stream.errors import ScoresIncompleteError, UsageError
 from dynams_stream.faithfulness import Faithfulness
 from dynams_stream.ordered_map import OrderedMap, ordered_thread_map
-from dynams_stream.selection import selected_count
+from dynams_stream.selection import recorded_fraction
 from dynams_stream.selection_file import selection_writer
 from dynams_stream.store import Round, Store
 from dynams_stream.strategy import Strategy
@@ -118,12 +118,12 @@ def select_round(
     chosen, quotas = Strategy.parse(strategy), ClassQuotas(class_balance, min_per_class)
     weight = require_options(chosen, quotas, exclude_noisy, sample_weight)
     started = now()
-    selected_count(fraction, 0)
+    gamma = recorded_fraction(fraction)
     scored, dataset = (None, store.dataset()) if chosen.seed is not None else tables_to_cut(store, scores_of)
     parts = {} if scored is None else complete_parts(store, dataset, scored, max_bad_shards)
     judged_by = score_history(store, dataset, scored) if exclude_noisy and scored is not None else None
     left_out = [bad.shard for bad in bad_shards(part.receipt for part in parts.values())]
-    intent = selection_intent(dataset.digest, scored, str(chosen), float(fraction), quotas, judged_by, left_out, weight)
+    intent = selection_intent(dataset.digest, scored, str(chosen), gamma, quotas, judged_by, left_out, weight)
     earlier = same_selection(store, intent)
     if earlier is not None and (not as_newest or earlier.number == store.round("latest").number):
         return SelectResult(earlier, published=False)
