@@ -195,7 +195,7 @@ def test_sparse_counts_are_summed_in_little_memory() -> None:
         tracemalloc.stop()
     np.testing.assert_array_equal(found.keys, np.flatnonzero(expected) << 16)
     np.testing.assert_array_equal(found.counts, expected[expected > 0])
-    assert peak < 24_000_000  # the sum is 2.4 MB; 67 MB when all parts wait for it
+    assert peak < 24_000_000  # the sum is 2.4 MB, what is added 70 MB
 
 
 def test_thresholds_do_not_depend_on_how_many_counts_are_looked_at_together(

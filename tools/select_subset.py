@@ -35,7 +35,7 @@ StrategyOption = Annotated[
     str,
     typer.Option(
         "--strategy",
-        help="Score whose smallest values are selected: distance, abs(margin), -loss, … or random:SEED.",
+        help="Expression of scores, smallest values selected: distance, abs(margin), -loss, … or random:SEED.",
     ),
 ]
 ClassBalanceOption = Annotated[
