@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from functools import partial
 
 import numpy as np
+import numpy.typing as npt
 
 from dynams_stream.class_cut_part import (
     ClassThresholds,
@@ -32,8 +33,10 @@ from dynams_stream.errors import UsageError
 from dynams_stream.ordered_map import OrderedMap
 from dynams_stream.strategy import Strategy
 
-_PENDING = 1 << 22
-"""Entries that are gathered, at least, before they are summed up."""
+_LEAST_WAITING, _MOST_WAITING = 1 << 16, 1 << 21
+"""New entries that are gathered before they are summed up: half as many as there are, within these bounds."""
+_BLOCK = 1 << 20
+"""Entries that are looked at together."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -77,37 +80,38 @@ def find_class_cut(
     for found in ordered_map(partial(high_counts, strategy=strategy), parts):
         high.add(found.scored)
         samples.add(found.samples)
-    labels, of_class = samples.result()
+    all_samples = samples.result()
+    labels, of_class = all_samples.keys, all_samples.counts
     if len(labels) > MOST_CLASSES:
         raise UsageError(f"{len(labels)} distinct labels are no classes to balance; at most {MOST_CLASSES} can be")
-    entries, counts = high.result()
-    slots, bins = np.searchsorted(labels, label_of(entries)), entries & 0xFFFF
-    scored = np.bincount(slots, weights=counts, minlength=len(labels)).astype(np.int64)
-    selected = min(wanted, int(counts.sum()))
+    entries = high.result()
+    scored = _class_totals(entries, labels)
+    selected = min(wanted, int(scored.sum()))
     quota = settle_quotas(quotas, selected, of_class, scored, labels != NO_LABEL)
     rest = selected - int(quota.sum())
 
-    class_bins, before = _kth(slots, bins, counts, quota)
-    common_bin, common_before = _kth_free(bins, counts - _taken(slots, counts, quota), rest)
+    everywhere = np.ones(len(labels), dtype=np.bool_)
+    class_bins, before, free = _settle(entries, labels, quota, scored, everywhere)
+    del entries, high
+    common_bin, common_before = _kth_free(free, rest)
     low, common = _Sum(), _Sum()
     task = partial(low_counts, strategy=strategy, labels=labels, bins=class_bins, common_bin=common_bin)
     for inside in ordered_map(task, parts):
         low.add(inside.of_class)
         common.add(inside.common)
-    entries, counts = low.result()
-    slots, lows = np.searchsorted(labels, label_of(entries)), entries & 0xFFFF
-    inside_quota = quota - before
-    class_lows, before_inside = _kth(slots, lows, counts, inside_quota)
-    keys = np.where(quota > 0, class_bins << 16 | class_lows, -1)
+    entries, inside_quota = low.result(), quota - before
     # Free in the common bin: all of the classes that end before it, and what the quotas leave of those that end in it.
-    shared = class_bins[slots] == common_bin
-    free_counts = np.concatenate([common.result()[1], (counts - _taken(slots, counts, inside_quota))[shared]])
-    free_lows = np.concatenate([common.result()[0], lows[shared]])
-    common_low, common_before_inside = _kth_free(free_lows, free_counts, rest - common_before)
+    class_lows, before_inside, free = _settle(
+        entries, labels, inside_quota, _class_totals(entries, labels), class_bins == common_bin
+    )
+    of_others = common.result()
+    free[of_others.keys] += of_others.counts
+    keys = np.where(quota > 0, class_bins << 16 | class_lows, -1)
+    common_low, common_before_inside = _kth_free(free, rest - common_before)
     return ClassCut(
         thresholds=ClassThresholds(labels, keys, common_bin << 16 | common_low if rest else -1),
         ties_taken=np.where(quota > 0, inside_quota - before_inside, 0),
-        common_ties=int(free_counts[free_lows == common_low].sum()) if rest else 0,
+        common_ties=int(free[common_low]) if rest else 0,
         common_ties_taken=rest - common_before - common_before_inside if rest else 0,
         scored=int(scored.sum()),
         selected=selected,
@@ -138,66 +142,93 @@ def positions_by_class(
         yield PartSelection(positions, found.all_labels, (found.certain_labels, tie_labels))
 
 
-def _kth(slots: Counts, bins: Counts, counts: Counts, wanted: Counts) -> tuple[Counts, Counts]:
-    """For each class the bin that holds its `wanted`-th entry (−1 for none wanted), and how many lie before that bin.
+def _blocks(entries: KeyCounts, labels: Counts) -> Iterator[tuple[Counts, Counts, Counts]]:
+    """The class, as its place in `labels`, the bin and the count of each entry, by blocks: there are many entries."""
+    for first in range(0, len(entries.keys), _BLOCK):
+        keys = entries.keys[first : first + _BLOCK]
+        yield np.searchsorted(labels, label_of(keys)), keys & 0xFFFF, entries.counts[first : first + _BLOCK]
+
+
+def _class_totals(entries: KeyCounts, labels: Counts) -> Counts:
+    """The samples of each class."""
+    totals = np.zeros(len(labels), dtype=np.int64)
+    for slots, _, counts in _blocks(entries, labels):
+        totals += np.bincount(slots, weights=counts, minlength=len(labels)).astype(np.int64)
+    return totals
+
+
+def _settle(
+    entries: KeyCounts, labels: Counts, quota: Counts, totals: Counts, is_free: npt.NDArray[np.bool_]
+) -> tuple[Counts, Counts, Counts]:
+    """Where each class's quota ends, and what the quotas leave.
 
     Args:
-        slots, bins, counts: entries, sorted by class and bin.
-        wanted: by class, at most the class's sum.
+        entries: samples by label · 2¹⁶ + bin.
+        labels: of the classes, ascending.
+        quota: of each class, at most all its samples.
+        totals: of each class, all its samples.
+        is_free: the classes whose other samples are free to be taken whatever their class.
+
+    Returns:
+        For each class the bin that holds the last sample of its quota (−1 for no quota), and how many of its samples
+        lie before that bin; and for each bin the free samples in it.
     """
-    totals = np.bincount(slots, weights=counts, minlength=len(wanted)).astype(np.int64)
-    base = np.cumsum(totals) - totals
-    cumulative = np.cumsum(counts)
-    some = wanted > 0
-    found, before = np.full(len(wanted), -1, dtype=np.int64), np.zeros(len(wanted), dtype=np.int64)
-    places = np.searchsorted(cumulative, base[some] + wanted[some])
-    found[some] = bins[places]
-    before[some] = cumulative[places] - counts[places] - base[some]
-    return found, before
+    last, before = np.full(len(labels), -1, dtype=np.int64), np.zeros(len(labels), dtype=np.int64)
+    free = np.zeros(1 << 16, dtype=np.int64)
+    base, done = np.cumsum(totals) - totals, 0
+    for slots, bins, counts in _blocks(entries, labels):
+        earlier = done + np.cumsum(counts) - counts - base[slots]  # samples of the class in the bins before
+        done += int(counts.sum())
+        taken = np.clip(quota[slots] - earlier, 0, counts)
+        ends = (taken > 0) & (earlier + counts >= quota[slots])
+        last[slots[ends]], before[slots[ends]] = bins[ends], earlier[ends]
+        free += np.bincount(bins, weights=(counts - taken) * is_free[slots], minlength=len(free)).astype(np.int64)
+    return last, before, free
 
 
-def _taken(slots: Counts, counts: Counts, quota: Counts) -> Counts:
-    """How many samples of each entry (sorted by class and bin) go to its class's quota."""
-    totals = np.bincount(slots, weights=counts, minlength=len(quota)).astype(np.int64)
-    base = np.cumsum(totals) - totals
-    before = np.cumsum(counts) - counts - base[slots]
-    taken: Counts = np.clip(quota[slots] - before, 0, counts)
-    return taken
-
-
-def _kth_free(bins: Counts, counts: Counts, k: int) -> tuple[int, int]:
-    """The bin that holds the k-th of all entries by bin (−1 for k = 0), and how many lie before it."""
+def _kth_free(free: Counts, k: int) -> tuple[int, int]:
+    """The bin that holds the k-th of all free samples (−1 for k = 0), and how many lie before it."""
     if k == 0:
         return -1, 0
-    dense = np.bincount(bins, weights=counts, minlength=1 << 16).astype(np.int64)
-    cumulative = np.cumsum(dense)
+    cumulative = np.cumsum(free)
     place = int(np.searchsorted(cumulative, k))
-    return place, int(cumulative[place] - dense[place])
+    return place, int(cumulative[place] - free[place])
 
 
 class _Sum:
-    """Sparse counts by an int64, summed over parts."""
+    """Sparse counts by an int64, summed over parts.
+
+    Most of a part's keys have come before, and are added in place. New ones wait, so that the others are moved seldom.
+    """
 
     def __init__(self) -> None:
-        self._total = _merged([])
-        self._pending: list[KeyCounts] = []
-        self._entries = 0
+        self._keys = np.zeros(0, dtype=np.int64)
+        self._counts = np.zeros(0, dtype=np.int64)
+        self._new: list[KeyCounts] = []
+        self._waiting = 0
 
     def add(self, counts: KeyCounts) -> None:
-        self._pending.append(counts)
-        self._entries += len(counts.keys)
-        # As many as the sum has, so that a large one is not gone through for every part.
-        if self._entries > max(_PENDING, len(self._total.keys)):
-            self._compact()
+        """Add what one part has."""
+        places = np.searchsorted(self._keys, counts.keys)
+        known = np.zeros(len(places), dtype=np.bool_)
+        inside = places < len(self._keys)
+        known[inside] = self._keys[places[inside]] == counts.keys[inside]
+        self._counts[places[known]] += counts.counts[known]
+        self._new.append(KeyCounts(counts.keys[~known], counts.counts[~known]))
+        self._waiting += len(self._new[-1].keys)
+        if self._waiting > min(max(len(self._keys) // 2, _LEAST_WAITING), _MOST_WAITING):
+            self._take_in()
 
-    def result(self) -> tuple[Counts, Counts]:
+    def result(self) -> KeyCounts:
         """Distinct keys, ascending, and the sum of each."""
-        self._compact()
-        return self._total.keys, self._total.counts
+        self._take_in()
+        return KeyCounts(self._keys, self._counts)
 
-    def _compact(self) -> None:
-        self._total = _merged([self._total, *self._pending])
-        self._pending, self._entries = [], 0
+    def _take_in(self) -> None:
+        new, self._new, self._waiting = _merged(self._new), [], 0
+        places = np.searchsorted(self._keys, new.keys)
+        self._keys = np.insert(self._keys, places, new.keys)
+        self._counts = np.insert(self._counts, places, new.counts)
 
 
 def _merged(several: Iterable[KeyCounts]) -> KeyCounts:

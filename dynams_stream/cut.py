@@ -130,6 +130,7 @@ def exact_cut(
     destination: str,
     quotas: ClassQuotas | None = None,
     sample_weight: Strategy | None = None,
+    needs_scores: bool = False,
     ordered_map: OrderedMap = map,
 ) -> CutResult:
     """Select the k samples with the smallest (score, shard, row) and write `selection.parquet`.
@@ -144,13 +145,14 @@ def exact_cut(
         destination: path or URL of the selection to write; it appears whole or not at all.
         quotas: what each class gives in any case, its smallest scores; the k is the same.
         sample_weight: an expression whose value is written as the weight of each selected sample.
+        needs_scores: refuse a selection of samples none of which can be ranked, instead of writing an empty one.
         ordered_map: like `map`; it is given picklable functions of one part and must keep the parts' order. Lazy, it
             keeps memory flat.
 
     Raises:
         UsageError: unless the fraction is in [0, 1]; quotas that k or the strategy does not allow.
         ScoresIncompleteError: a score table is missing or has too few or too many lines.
-        SelectionError: the expression of the weights gives a selected sample none.
+        SelectionError: the expression of the weights gives a selected sample none, or no sample can be ranked.
         StoreError: a score table is unreadable, holds other samples, or changed while it was cut.
     """
     samples = sum(part.samples for part in parts)
@@ -163,6 +165,12 @@ def exact_cut(
     else:
         threshold = _find_threshold(parts, strategy, wanted, ordered_map)
         pieces = _positions(parts, strategy, threshold, ordered_map)
+    excluded = sum(0 if part.excluded is None else len(part.excluded) for part in parts)
+    if needs_scores and wanted and threshold.scored + excluded == 0:
+        raise SelectionError(
+            f"{destination}: none of {samples} samples has a value of {strategy}; margin, loss and el2n need labels: "
+            f"score with the right --label, or select on distance"
+        )
     if sample_weight is not None:
         pieces = ordered_map(partial(with_weights, weight=sample_weight), zip(parts, pieces, strict=True))
     classes = _ClassCounts()
@@ -175,7 +183,6 @@ def exact_cut(
                 f"{destination}: found {writer.total} of {threshold.selected} samples again; "
                 f"score tables changed while they were cut: select again once nothing writes to them"
             )
-    excluded = sum(0 if part.excluded is None else len(part.excluded) for part in parts)
     return CutResult(
         fraction=str(fraction),
         strategy=str(strategy),

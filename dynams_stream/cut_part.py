@@ -56,6 +56,21 @@ class ScorePart:
         return int(self.counts.sum())
 
 
+def task_bytes(part: ScorePart, strategy: Strategy, weight: Strategy | None, by_class: bool) -> int:
+    """About how many bytes a task on a part takes at most, with its result: as measured, rounded up.
+
+    Args:
+        part: which.
+        strategy: what is ranked by.
+        weight: the expression of the weights.
+        by_class: whether classes have quotas.
+    """
+    a_row = 48 + 32 * by_class
+    if weight is not None or strategy.text not in strategy.columns:  # a bare column is not computed with
+        a_row += 16 * len({*strategy.columns, *(weight.columns if weight is not None else ())})
+    return a_row * part.samples
+
+
 # ---- keys ------------------------------------------------------------------------------------------------------------
 
 

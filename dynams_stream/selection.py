@@ -27,7 +27,7 @@ def _exact(fraction: float | str | Decimal) -> Fraction:
     """The decimal as written, exactly: 0.07 is 7/100, not the float next to it.
 
     Raises:
-        UsageError: unless it is a number in [0, 1].
+        UsageError: unless it is a number in [0, 1], with no more digits than a float carries, which records it.
     """
     try:
         written = Decimal(str(fraction).strip())
@@ -35,14 +35,26 @@ def _exact(fraction: float | str | Decimal) -> Fraction:
         written = Decimal("NaN")
     if not (written.is_finite() and 0 <= written <= 1):
         raise UsageError(f"a fraction is a number from 0 to 1; got {fraction!r}")
+    carried = repr(float(written))
+    if Decimal(carried) != written:
+        raise UsageError(f"a fraction has no more digits than a float carries; got {fraction}, write {carried}")
     return Fraction(written)
+
+
+def recorded_fraction(fraction: float | str | Decimal) -> float:
+    """The fraction as `round.json` has it: the same for 0.07, "0.070" and a float32 that prints as 0.07.
+
+    Raises:
+        UsageError: unless the fraction is a number in [0, 1].
+    """
+    return float(_exact(fraction))
 
 
 def selected_count(fraction: float | str | Decimal, samples: int) -> int:
     """⌈fraction · samples⌉, with the fraction as the decimal it is written as: 0.07 of 100 is 7.
 
     Raises:
-        UsageError: unless the fraction is a number in [0, 1].
+        UsageError: unless the fraction is a number in [0, 1], with no more digits than a float carries.
     """
     return math.ceil(_exact(fraction) * samples)
 

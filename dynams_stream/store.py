@@ -10,6 +10,7 @@ import os
 import uuid
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
+from enum import IntEnum
 from typing import Any
 
 import numpy as np
@@ -27,6 +28,16 @@ from dynams_stream.errors import (
     UsageError,
 )
 from dynams_stream.selection import Selection
+
+
+class SelectionClaim(IntEnum):
+    """Whose a round's selection is; false when it is another one's than was asked for."""
+
+    OTHERS = 0
+    THERE = 1
+    """The same selection was begun before, by a job that was stopped or is at work."""
+    MADE = 2
+    """This call has claimed it."""
 
 
 class Store:
@@ -211,11 +222,11 @@ class Store:
         names = (name.removesuffix(".json") for name in storage.list_names(self.path(folder)) if name.endswith(".json"))
         return [int(name) for name in names if name.isdigit()]
 
-    def claim_selection(self, number: int, intent: Mapping[str, Any]) -> bool:
+    def claim_selection(self, number: int, intent: Mapping[str, Any]) -> SelectionClaim:
         """Settle what will be selected in round `number`; whether it is what `intent` says.
 
         The first intent wins, and wins again when its job is run again. As one intent makes one sequence of bytes, no
-        job can replace the selection that another one publishes. A job that gets False claims a round of its own.
+        job can replace the selection that another one publishes. A job that gets OTHERS claims a round of its own.
 
         Args:
             intent: JSON with everything that the selection's rows depend on.
@@ -224,9 +235,9 @@ class Store:
         mine = json.loads(json.dumps({"intent": intent, "made_by": made_by}))
         path = schema.selection_claim_path(number)
         if self._claim(path, mine):
-            return True
+            return SelectionClaim.MADE
         found = self._read_claim(path)
-        return found is not None and found["of"] == mine
+        return SelectionClaim.THERE if found is not None and found["of"] == mine else SelectionClaim.OTHERS
 
     def _claim(self, path: str, of: Mapping[str, Any]) -> bool:
         token = uuid.uuid4().hex

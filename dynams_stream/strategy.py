@@ -3,10 +3,11 @@
     distance                    the smallest distance to the decision boundary (the default)
     |margin|, abs(margin)       the smallest margin, right or wrong
     -loss                       the largest loss
-    distance + 0.1 * entropy    numbers, columns, unary -, + - * /, abs() and parentheses
+    distance + 0.1 * entropy    numbers, columns, + - * / **, parentheses
+    min(distance, log(loss))    abs, sqrt, exp, log of one value; min, max of two or more
     random, random:7            a random order with seed 0, 7
 
-The samples with the smallest values are selected.
+The samples with the smallest values are selected. Values are rounded to float32 first: those that are equal then tie.
 """
 
 from __future__ import annotations
@@ -14,9 +15,9 @@ from __future__ import annotations
 import ast
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, reduce
 
 import numpy as np
 import numpy.typing as npt
@@ -24,9 +25,20 @@ import numpy.typing as npt
 from dynams_stream import schema
 from dynams_stream.errors import UsageError
 
+_Values = npt.NDArray[np.float64] | np.float64
+
 LONGEST_TEXT = 200
 """Characters a strategy may have; it also bounds how deep an expression nests."""
 _BARS = re.compile(r"\|([^|]+)\|")
+_OPERATORS: dict[type[ast.operator], Callable[[_Values, _Values], _Values]] = {
+    ast.Add: np.add,
+    ast.Sub: np.subtract,
+    ast.Mult: np.multiply,
+    ast.Div: np.divide,
+    ast.Pow: np.power,
+}
+_OF_ONE: dict[str, Callable[[_Values], _Values]] = {"abs": np.abs, "sqrt": np.sqrt, "exp": np.exp, "log": np.log}
+_OF_SEVERAL: dict[str, Callable[[_Values, _Values], _Values]] = {"min": np.minimum, "max": np.maximum}
 _RANDOM = re.compile(r"random(?::(\d{1,20}))?")
 
 
@@ -63,8 +75,11 @@ class Strategy:
             if seed >= 2**64:
                 raise UsageError(f"the seed of a random strategy is below 2**64; got {seed}")
             return cls(text=f"random:{seed}", columns=(), seed=seed)
+        written = _BARS.sub(r"abs(\1)", stripped)
+        if "|" in written:
+            raise _refused(text, "bars come in pairs and cannot be nested: write abs(…)")
         try:
-            tree = ast.parse(_BARS.sub(r"abs(\1)", stripped), mode="eval").body
+            tree = _WithoutPlus().visit(ast.parse(written, mode="eval").body)
         except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
             raise _refused(text, str(error)) from error
         used = _columns_of(tree, text)
@@ -83,7 +98,8 @@ class Strategy:
             columns: float32 arrays of one length for all of `self.columns`; NaN where there is no score.
 
         A bare column comes back as it is; everything else is computed in float64 and rounded once. Division by zero
-        gives an infinity or NaN; NaN means "not scored".
+        gives an infinity or NaN, so does 0 to a negative power, and log(0) is −inf; a root or logarithm of a negative
+        number is NaN. NaN means "not scored".
 
         Raises:
             UsageError: for a random order, which has no expression.
@@ -109,14 +125,28 @@ def _columns_of(node: ast.expr, text: str) -> set[str]:
             return set()
         case ast.UnaryOp(op=ast.USub(), operand=operand):
             return _columns_of(operand, text)
-        case ast.BinOp(left=left, op=ast.Add() | ast.Sub() | ast.Mult() | ast.Div(), right=right):
+        case ast.BinOp(left=left, op=operation, right=right) if type(operation) in _OPERATORS:
             return _columns_of(left, text) | _columns_of(right, text)
-        case ast.Call(func=ast.Name(id="abs"), args=[argument], keywords=[]):
+        case ast.Call(func=ast.Name(id=name), args=[argument], keywords=[]) if name in _OF_ONE:
             return _columns_of(argument, text)
-    raise _refused(text, f"{ast.unparse(node)!r} is none of numbers, columns, - + * /, abs() and parentheses")
+        case ast.Call(func=ast.Name(id=name), args=[_, _, *_] as arguments, keywords=[]) if name in _OF_SEVERAL:
+            return set().union(*(_columns_of(argument, text) for argument in arguments))
+    raise _refused(
+        text,
+        f"{ast.unparse(node)!r} is none of numbers, columns, + - * / **, parentheses, "
+        f"{', '.join(_OF_ONE)} of one value, {' and '.join(_OF_SEVERAL)} of two or more",
+    )
 
 
-def _value(node: ast.expr, columns: Mapping[str, npt.NDArray[np.float32]]) -> npt.NDArray[np.float64] | np.float64:
+class _WithoutPlus(ast.NodeTransformer):
+    """Leaves out each unary plus, which changes nothing."""
+
+    def visit_UnaryOp(self, node: ast.UnaryOp) -> ast.expr:
+        self.generic_visit(node)
+        return node.operand if isinstance(node.op, ast.UAdd) else node
+
+
+def _value(node: ast.expr, columns: Mapping[str, npt.NDArray[np.float32]]) -> _Values:
     match node:
         case ast.Name(id=name):
             return columns[name].astype(np.float64)
@@ -124,18 +154,12 @@ def _value(node: ast.expr, columns: Mapping[str, npt.NDArray[np.float32]]) -> np
             return np.float64(value)
         case ast.UnaryOp(operand=operand):
             return -_value(operand, columns)
-        case ast.Call(args=[argument]):
-            return np.abs(_value(argument, columns))
         case ast.BinOp(left=left, op=operation, right=right):
-            first, second = _value(left, columns), _value(right, columns)
-            match operation:
-                case ast.Add():
-                    return first + second
-                case ast.Sub():
-                    return first - second
-                case ast.Mult():
-                    return first * second
-            return first / second
+            return _OPERATORS[type(operation)](_value(left, columns), _value(right, columns))
+        case ast.Call(func=ast.Name(id=name), args=[argument]):
+            return _OF_ONE[name](_value(argument, columns))
+        case ast.Call(func=ast.Name(id=name), args=arguments):
+            return reduce(_OF_SEVERAL[name], (_value(argument, columns) for argument in arguments))
     raise UsageError(f"cannot evaluate {ast.unparse(node)!r}")  # unreachable for a strategy that `parse` made
 
 

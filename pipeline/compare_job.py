@@ -26,6 +26,7 @@ from dynams_stream.strategy import Strategy
 from pipeline.batch_scores import scored_batches
 from pipeline.in_flight import result_of
 from pipeline.part_reader import Decoder, ShardRows, open_indexed
+from pipeline.pending import scored_dataset
 from pipeline.receipt import Clock
 from pipeline.score_job import ScoredRound
 from pipeline.score_part import worker_scorer
@@ -75,7 +76,7 @@ def compare_with_model(
     Raises:
         ScoringError: when the model cannot score; what the proxy scored is kept.
     """
-    dataset = store.dataset()
+    dataset = scored_dataset(store, scored.number)
     chosen = _without(dataset, sample_rows(dataset, samples), {bad.shard for bad in scored.bad_shards})
     spec, digest = replace(scored.spec, width=1.0), checkpoint_digest(checkpoint)
     task = client.submit(score_rows, store, chosen, spec, checkpoint, digest, device, pure=False)

@@ -230,7 +230,7 @@ class DynamicSelection:
         scores = made.manifest["scores_of"] or made.number
         return select_round(
             self._store, fraction=fraction, scores_of=scores, as_newest=True, strategy=self._options["strategy"],
-            workers=self._options["workers"], **self._choices,
+            **{name: self._options[name] for name in ("workers", "max_errors", "max_bad_shards")}, **self._choices,
         ).round.number  # fmt: skip
 
     def wait(self, timeout: float | None = None) -> bool:

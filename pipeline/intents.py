@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, NamedTuple
 
+from dynams_stream import schema, storage
 from dynams_stream.class_quotas import ClassQuotas
-from dynams_stream.store import Round, Store
+from dynams_stream.errors import SelectionError, UsageError
+from dynams_stream.store import Round, SelectionClaim, Store
 from dynams_stream.strategy import Strategy
 
 
@@ -65,14 +68,47 @@ def _intent_of(published: Round) -> dict[str, Any]:
     )
 
 
-def round_to_publish(store: Store, scored: int | None, intent: Mapping[str, Any]) -> int:
+class ClaimedRound(NamedTuple):
+    """A round to publish a selection in.
+
+    Attributes:
+        number: of the round.
+        made: the claim's file, relative to the store, where this call has made it; None where it was there.
+    """
+
+    number: int
+    made: str | None
+
+
+def round_to_publish(store: Store, scored: int | None, intent: Mapping[str, Any]) -> ClaimedRound:
     """The scored round itself while no other selection was begun in it; else a round that will name its scores.
 
     An interrupted job finds the round it had begun: equal intents make equal bytes.
     """
-    if scored is not None and not store.is_published(scored) and store.claim_selection(scored, intent):
-        return scored
+    if scored is not None and not store.is_published(scored):
+        claim = store.claim_selection(scored, intent)
+        if claim:
+            made = schema.selection_claim_path(scored) if claim is SelectionClaim.MADE else None
+            return ClaimedRound(scored, made)
     for number, claimed in store.claims().items():
         if claimed == intent and not store.is_published(number):
-            return number
-    return store.claim_round(intent)
+            return ClaimedRound(number, None)
+    number = store.claim_round(intent)
+    return ClaimedRound(number, schema.claim_path(number))
+
+
+@contextmanager
+def round_while_it_can_be_cut(store: Store, scored: int | None, intent: Mapping[str, Any]) -> Iterator[int]:
+    """`round_to_publish` for the time of the cut: what refuses the selection gives back what was claimed for it here.
+
+    A refusal comes from the intent and the score tables alone, before anything has been written under its name. So it
+    meets every job with this intent, and none of them writes into the round that another intent may claim afterwards.
+    """
+    number, made = round_to_publish(store, scored, intent)
+    try:
+        yield number
+    except (UsageError, SelectionError):
+        if made is not None:
+            storage.remove_folder(store.path(schema.round_path(number)))
+            storage.remove(store.path(made))
+        raise

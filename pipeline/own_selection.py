@@ -56,7 +56,7 @@ def publish_rows(
     newest = store.rounds()[-1:]
     if newest and _made_from(newest[0]) == intent:
         return newest[0]
-    number = round_to_publish(store, None, intent)
+    number = round_to_publish(store, None, intent).number
     with selection_writer(store.path(schema.selection_path(number))) as writer:
         for part in dataset.parts:
             own = slice(part.first_shard, part.first_shard + part.shards)

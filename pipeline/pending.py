@@ -17,7 +17,7 @@ from dynams_stream.errors import RoundNotFoundError, ScoresIncompleteError
 from dynams_stream.ordered_map import ordered_thread_map
 from dynams_stream.parquet_footer import read_footer
 from dynams_stream.store import Store
-from pipeline.receipt import Receipt, bad_shards, name_bad_shards
+from pipeline.receipt import Receipt, allowed_failures, bad_shards, failed_samples, first_errors, name_bad_shards
 
 FOOTER_THREADS = 8
 
@@ -39,10 +39,15 @@ class FinishedPart:
 
 def finished_parts(store: Store, number: int) -> dict[int, FinishedPart]:
     """Every score table of a round by its part's number; unreadable ones count as missing and are written again."""
+    found = ordered_thread_map(FOOTER_THREADS)(_read_footer, _score_tables(store, number))
+    return {part.receipt.part: part for part in found if part is not None}
+
+
+def _score_tables(store: Store, number: int) -> list[str]:
+    """Where the score tables of a round lie."""
     folder = store.path(schema.scores_folder(number))
     names = [name for name in storage.list_names(folder) if name.startswith("part-") and name.endswith(".parquet")]
-    found = ordered_thread_map(FOOTER_THREADS)(_read_footer, [storage.join(folder, name) for name in names])
-    return {part.receipt.part: part for part in found if part is not None}
+    return [storage.join(folder, name) for name in sorted(names)]
 
 
 def _read_footer(url: str) -> FinishedPart | None:
@@ -58,6 +63,17 @@ def _read_footer(url: str) -> FinishedPart | None:
         )
     except (pa.ArrowException, OSError, KeyError, ValueError, TypeError, AttributeError):  # thrift's is an OSError
         return None
+
+
+def are_published(store: Store, number: int) -> bool:
+    """Whether a published round was cut from the score tables of round `number`: they never change from then on."""
+    return any(number in (published.number, published.manifest["scores_of"]) for published in store.rounds())
+
+
+def may_be_replaced(store: Store, number: int, parts: Mapping[int, FinishedPart]) -> bool:
+    """Whether a scoring job may write some of a round's complete score tables anew: those that lack scores."""
+    lacking = any(part.receipt.failed or part.receipt.bad_shards for part in parts.values())
+    return lacking and not are_published(store, number)
 
 
 def scored_round(store: Store, identity: Mapping[str, Any]) -> int | None:
@@ -94,21 +110,55 @@ def newest_scores(store: Store, dataset: Dataset) -> int:
     )
 
 
-def round_to_cut(store: Store, dataset: Dataset, scores_of: int | None) -> int:
-    """The round whose score tables are to be cut: the newest one, or where the tables of the named one lie.
+def tables_to_cut(store: Store, scores_of: int | None) -> tuple[int, Dataset]:
+    """The round whose score tables are to be cut, and the dataset version that they were made from.
+
+    The newest tables of the newest dataset; or those of the named round, or that it was cut from, even where the
+    dataset has been indexed anew since they were made.
 
     Raises:
         RoundNotFoundError: there is no round of that number.
         ScoresIncompleteError: there are no complete tables.
     """
     if scores_of is None:
-        return newest_scores(store, dataset)
+        newest = store.dataset()
+        return newest_scores(store, newest), newest
     if scores_of not in store.round_numbers():
         raise RoundNotFoundError(f"{store.url} holds no round {scores_of}; `dynams status` lists them")
-    if not finished_parts(store, scores_of) and store.is_published(scores_of):
+    version = _dataset_version(store, scores_of)
+    if version is None and store.is_published(scores_of):
         reused = store.round(scores_of).manifest["scores_of"]
-        return scores_of if reused is None else int(reused)
-    return scores_of
+        if reused is not None:
+            scores_of, version = int(reused), _dataset_version(store, int(reused))
+    return scores_of, scored_dataset(store, scores_of, version)
+
+
+def scored_dataset(store: Store, number: int, version: int | None = None) -> Dataset:
+    """The dataset version that the score tables of a round were made from; the newest where there are none.
+
+    Args:
+        number: the round.
+        version: that version, where it is known.
+
+    Raises:
+        ScoresIncompleteError: that version is not there any more.
+    """
+    version = _dataset_version(store, number) if version is None else version
+    if version is not None and version not in store.dataset_versions():
+        raise ScoresIncompleteError(
+            f"{store.url}: the score tables of round {number} belong to dataset version {version}, which was removed; "
+            f"run dynams score again"
+        )
+    return store.dataset(version)
+
+
+def _dataset_version(store: Store, number: int) -> int | None:
+    """The dataset version that the first readable score table of a round names."""
+    for url in _score_tables(store, number):
+        found = _read_footer(url)
+        if found is not None:
+            return int(found.identity["dataset"]["version"])
+    return None
 
 
 def complete_parts(store: Store, dataset: Dataset, scored: int, max_bad_shards: int) -> dict[int, FinishedPart]:
@@ -118,17 +168,17 @@ def complete_parts(store: Store, dataset: Dataset, scored: int, max_bad_shards: 
         ScoresIncompleteError: some are missing, of another dataset or another scorer, or lack too many shards.
     """
     done = finished_parts(store, scored)
+    foreign = [number for number, part in done.items() if part.identity["dataset"]["digest"] != dataset.digest]
+    if foreign:
+        raise ScoresIncompleteError(
+            f"{store.url}: the score table of part {foreign[0]} of round {scored} does not belong to dataset version "
+            f"{dataset.version} as it is now; remove it and run dynams score again"
+        )
     missing = [part.number for part in dataset.parts if part.number not in done]
     if missing:
         raise ScoresIncompleteError(
             f"{store.url}: round {scored} lacks the score tables of {len(missing)} of {len(dataset.parts)} parts "
             f"(first {missing[:5]}); run dynams score again, it does only what is missing"
-        )
-    foreign = [number for number, part in done.items() if part.identity["dataset"]["digest"] != dataset.digest]
-    if foreign:
-        raise ScoresIncompleteError(
-            f"{store.url}: the score tables of round {scored} belong to dataset version "
-            f"{done[foreign[0]].identity['dataset']['version']}, the newest is {dataset.version}; score it again"
         )
     first = done[dataset.parts[0].number].identity
     mixed = [number for number, part in done.items() if part.identity != first]
@@ -145,3 +195,20 @@ def complete_parts(store: Store, dataset: Dataset, scored: int, max_bad_shards: 
             f"mend them and run dynams score again, or allow so many for a round that is partial"
         )
     return done
+
+
+def require_few_failures(store: Store, number: int, parts: Mapping[int, FinishedPart], max_errors: int | None) -> None:
+    """Refuse score tables that the scoring job itself would not have accepted.
+
+    Raises:
+        ScoresIncompleteError: more samples failed than may; lists the first ones.
+    """
+    receipts = [part.receipt for part in parts.values()]
+    failed, samples = failed_samples(receipts), sum(receipt.samples for receipt in receipts)
+    limit = allowed_failures(max_errors, samples)
+    if failed > limit:
+        shown = "\n  ".join(first_errors(receipts))
+        raise ScoresIncompleteError(
+            f"{store.url}: {failed} of {samples} samples failed in round {number}, {limit} are allowed (--max-errors):"
+            f"\n  {shown}\nmend what failed and run dynams score again, or allow so many: they are never selected"
+        )

@@ -71,6 +71,21 @@ def bad_shards(receipts: Iterable[Receipt]) -> tuple[BadShard, ...]:
     return tuple(sorted((shard for receipt in receipts for shard in receipt.bad_shards), key=lambda bad: bad.shard))
 
 
+def failed_samples(receipts: Iterable[Receipt]) -> int:
+    """Samples that were looked at and have no scores."""
+    return sum(receipt.failed - receipt.unread for receipt in receipts)
+
+
+def allowed_failures(max_errors: int | None, samples: int) -> int:
+    """How many of a dataset's samples may fail: as many as is asked for, or 1 % and at least 10."""
+    return max(10, samples // 100) if max_errors is None else max_errors
+
+
+def first_errors(receipts: Iterable[Receipt]) -> tuple[str, ...]:
+    """The first failed samples of a round."""
+    return tuple(error for receipt in sorted(receipts, key=lambda one: one.part) for error in receipt.errors)[:20]
+
+
 def name_bad_shards(shards: Iterable[BadShard]) -> str:
     """The first bad shards and why they are, a line each."""
     return "".join(f"\n  shard {bad.shard}: {bad.reason}" for bad in list(shards)[:50])

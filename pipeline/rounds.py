@@ -161,6 +161,7 @@ def make_round(
     fallback: str | None = None,
     choices: Mapping[str, Any] | None = None,
     as_newest: bool = True,
+    max_errors: int | None = None,
     max_bad_shards: int = 0,
     on_busy: OnBusy = "fail",
     **job: Any,
@@ -170,12 +171,13 @@ def make_round(
     `choices` and `as_newest` are `select_round`'s, further arguments `score_round`'s.
     """
     job |= {
-        "epoch": epoch, "scheduler": scheduler, "workers": workers, "device": device, "max_bad_shards": max_bad_shards,
+        "epoch": epoch, "scheduler": scheduler, "workers": workers, "device": device, "max_errors": max_errors,
+        "max_bad_shards": max_bad_shards,
     }  # fmt: skip
     with store_lease(store, "round", on_busy=on_busy) as lease:
         select = partial(
             select_round, store, fraction=fraction, strategy=strategy, workers=workers, as_newest=as_newest,
-            still_ours=lease.require, max_bad_shards=max_bad_shards, **(choices or {}),
+            still_ours=lease.require, max_errors=max_errors, max_bad_shards=max_bad_shards, **(choices or {}),
         )  # fmt: skip
         is_large = store.dataset().samples >= CLUSTER_SAMPLES
         if weights is None or (weights.model is None and not calibration_samples):

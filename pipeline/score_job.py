@@ -21,8 +21,16 @@ from pipeline.cluster import dask_client
 from pipeline.cores import available_cores
 from pipeline.lease import OnBusy, store_lease
 from pipeline.part_runs import PartRuns
-from pipeline.pending import finished_parts, scored_round
-from pipeline.receipt import BadShard, Receipt, bad_shards, total_seconds
+from pipeline.pending import are_published, finished_parts, scored_round
+from pipeline.receipt import (
+    BadShard,
+    Receipt,
+    allowed_failures,
+    bad_shards,
+    failed_samples,
+    first_errors,
+    total_seconds,
+)
 from pipeline.score_part import PartTask
 
 Progress = Callable[["ScoreProgress"], None]
@@ -143,8 +151,8 @@ def score_round(
         plan = plan_round(store, scorer, checkpoint, device, max_bad_shards)
         dataset, spec = plan.dataset, plan.spec
         number = plan.number if plan.number is not None else store.claim_round(plan.identity)
-        limit = max_errors if max_errors is not None else max(10, dataset.samples // 100)
-        if _failed_samples(plan.receipts) > limit and not _is_published(store, number):
+        limit = allowed_failures(max_errors, dataset.samples)
+        if failed_samples(plan.receipts.values()) > limit and not are_published(store, number):
             # What failed may have been mended (a transform, a file): those parts are scored again, the others kept.
             # Not in a published round, which never changes: there the failures are reported below.
             kept = {part: done for part, done in plan.receipts.items() if done.failed == done.unread}
@@ -180,14 +188,9 @@ def score_round(
         resumed_parts=len(resumed),
         seconds=total_seconds(fresh),
         wall_seconds=time.perf_counter() - began,
-        errors=_first_errors(receipts),
+        errors=first_errors(receipts.values()),
         bad_shards=bad_shards(receipts.values()),
     )
-
-
-def _is_published(store: Store, number: int) -> bool:
-    """Whether a published round was cut from the score tables of round `number`."""
-    return any(number in (published.number, published.manifest["scores_of"]) for published in store.rounds())
 
 
 def plan_round(
@@ -202,7 +205,7 @@ def plan_round(
     done = {} if number is None else finished_parts(store, number)
     receipts = {part: found.receipt for part, found in done.items() if found.identity == identity}
     bad = len(bad_shards(receipts.values()))
-    if number is not None and bad and not _is_published(store, number):
+    if number is not None and bad and not are_published(store, number):
         receipts = {part: receipt for part, receipt in receipts.items() if not receipt.bad_shards}
     elif bad > max_bad_shards:
         number, receipts = None, {}  # a published round never changes
@@ -260,25 +263,20 @@ def _part_tasks(
 
 
 def _check_failures(store: Store, receipts: Mapping[int, Receipt], limit: int) -> None:
-    failed = _failed_samples(receipts)
+    failed = failed_samples(receipts.values())
     samples = sum(receipt.samples for receipt in receipts.values())
     if failed > limit:
-        shown = "\n  ".join(_first_errors(receipts))
+        shown = "\n  ".join(first_errors(receipts.values()))
         raise ScoringError(
             f"{store.url}: {failed} of {samples} samples failed, {limit} are allowed (--max-errors):\n  {shown}"
         )
-
-
-def _failed_samples(receipts: Mapping[int, Receipt]) -> int:
-    """Samples that were looked at and have no scores."""
-    return sum(receipt.failed - receipt.unread for receipt in receipts.values())
 
 
 def _check_content(store: Store, spec: ScorerSpec, receipts: Mapping[int, Receipt]) -> None:
     """Refuse a job that had no error in any sample's eyes and is yet of no use."""
     samples = sum(receipt.samples for receipt in receipts.values())
     if samples and samples == sum(receipt.failed for receipt in receipts.values()):
-        reasons = _first_errors(receipts) + tuple(bad.reason for bad in bad_shards(receipts.values())[:20])
+        reasons = first_errors(receipts.values()) + tuple(bad.reason for bad in bad_shards(receipts.values())[:20])
         shown = "\n  ".join(reasons)
         raise ScoringError(f"{store.url}: every one of {samples} samples failed:\n  {shown}")
     if samples and spec.label and not any(receipt.labelled for receipt in receipts.values()):
@@ -295,10 +293,6 @@ def _check_counts(dataset: Dataset, receipts: Mapping[int, Receipt]) -> None:
             f"{found} lines in {len(receipts)} tables for {dataset.samples} samples in {len(dataset.parts)} parts; "
             f"run the same command again"
         )
-
-
-def _first_errors(receipts: Mapping[int, Receipt]) -> tuple[str, ...]:
-    return tuple(error for part in sorted(receipts) for error in receipts[part].errors)[:20]
 
 
 def _progress(dataset: Dataset, receipts: Mapping[int, Receipt], resumed: Mapping[int, Receipt]) -> ScoreProgress:

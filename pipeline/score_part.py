@@ -23,6 +23,7 @@ from dynams_stream.scorer import Scorer, ScorerSpec
 from dynams_stream.store import Store
 from pipeline.batch_scores import scored_batches
 from pipeline.part_reader import Decoder, part_batches, require_unchanged
+from pipeline.pending import are_published
 from pipeline.receipt import BadShard, Clock, Receipt
 from pipeline.score_table import Batch, ScoreTable
 from pipeline.worker_hardware import keep_freed_memory, worker_cores, worker_device
@@ -123,9 +124,9 @@ def _write(task: PartTask, table: ScoreTable, clock: Clock) -> Receipt:
 
     data, made = table.parquet(task.identity, receipt)
     url = task.store.path(schema.scores_path(task.number, task.part.number))
-    if task.store.is_published(task.number) and storage.exists(url):
+    if storage.exists(url) and are_published(task.store, task.number):
         raise ScoringError(
-            f"{url}: round {task.number} was published while this part was scored again; its table stays as it is"
+            f"{url}: a round that was cut from it was published while this part was scored again; it stays as it is"
         )
     storage.write_bytes(url, data)
     return made

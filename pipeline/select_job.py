@@ -3,22 +3,21 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 
-import numpy as np
-import numpy.typing as npt
 from distributed import Client
 
 from dynams_stream import schema, storage
 from dynams_stream.class_quotas import ClassQuotas
 from dynams_stream.cut import ScorePart, exact_cut, rows_by_shard
+from dynams_stream.cut_part import task_bytes
 from dynams_stream.dataset import Dataset
-from dynams_stream.errors import ScoresIncompleteError, SelectionError, UsageError
+from dynams_stream.errors import ScoresIncompleteError, UsageError
 from dynams_stream.faithfulness import Faithfulness
 from dynams_stream.ordered_map import OrderedMap, ordered_thread_map
-from dynams_stream.selection import selected_count
+from dynams_stream.selection import recorded_fraction
 from dynams_stream.selection_file import selection_writer
 from dynams_stream.store import Round, Store
 from dynams_stream.strategy import Strategy
@@ -26,11 +25,18 @@ from pipeline.cluster import dask_client
 from pipeline.cores import available_cores
 from pipeline.dask_map import ordered_dask_map
 from pipeline.guards import examine_selection
-from pipeline.intents import round_to_publish, same_selection, selection_intent
+from pipeline.intents import round_while_it_can_be_cut, same_selection, selection_intent
 from pipeline.label_errors import require_cleanlab, score_history, suspected_label_errors
 from pipeline.lease import store_lease
 from pipeline.manifests import now, round_manifest
-from pipeline.pending import FinishedPart, complete_parts, finished_parts, round_to_cut
+from pipeline.pending import (
+    FinishedPart,
+    complete_parts,
+    finished_parts,
+    may_be_replaced,
+    require_few_failures,
+    tables_to_cut,
+)
 from pipeline.receipt import bad_shards
 
 logger = logging.getLogger(__name__)
@@ -38,7 +44,8 @@ logger = logging.getLogger(__name__)
 MOST_DISAGREEMENT = 0.15
 """Share of contradicted labels in a selection above which is warned; where it comes from is in docs/method.md."""
 
-Excluded = npt.NDArray[np.uint32]
+THREADS_BYTES = 320 << 20
+"""What the threads of a cut may hold together where their number is not given."""
 
 
 @dataclass(frozen=True)
@@ -64,6 +71,7 @@ def select_round(
     exclude_noisy: bool = False,
     most_disagreement: float = MOST_DISAGREEMENT,
     sample_weight: str | None = None,
+    max_errors: int | None = None,
     max_bad_shards: int = 0,
     faithfulness: Faithfulness | None = None,
     still_ours: Callable[[], None] | None = None,
@@ -74,10 +82,11 @@ def select_round(
         store: an indexed store with score tables.
         fraction: γ, the selected part of all samples; the decimal as written counts.
         strategy: an expression over score columns, such as `distance` or `abs(margin)`, or `random:SEED`.
-        scores_of: the round whose score tables are cut; the newest complete ones by default.
+        scores_of: the round whose score tables are cut, in the dataset version that they were made from; by default the
+            newest complete ones of the newest dataset.
         client, scheduler: a Dask cluster whose tasks read the tables, see `pipeline.cluster.dask_client`. Without one
             threads of this process do, which is faster where they reach the tables as fast; the bytes are the same.
-        workers: how many threads.
+        workers: how many threads; by default one per core, or as many as hold `THREADS_BYTES` together.
         as_newest: take an earlier round that was cut in the same way only if it is the newest one, so that "latest"
             means this selection afterwards; a training script that is run again needs that.
         class_balance: each class gives the same share of its samples.
@@ -87,6 +96,8 @@ def select_round(
         most_disagreement: warn when more than this share of the selection has a label that the scorer contradicts.
         sample_weight: an expression over score columns, such as `1 - confidence`: its value becomes the weight of each
             selected sample, which loaders give as `__weight__`. It must be finite and not negative.
+        max_errors: failed samples that are accepted, as for scoring: by default 1 % of the dataset, at least 10. They
+            are never selected.
         max_bad_shards: shards that scoring had to leave out; with so many a round is still published, as partial. None
             of their samples is selected.
         faithfulness: how the proxy that scored compared with its model; recorded.
@@ -98,44 +109,50 @@ def select_round(
     Raises:
         UsageError: for a fraction outside [0, 1], or quotas of classes that cannot be.
         MissingExtraError: cleanlab is needed and missing.
-        ScoresIncompleteError: when score tables are missing, or were made without too many shards.
+        ScoresIncompleteError: when score tables are missing, were made without too many shards, or lack the scores of
+            too many samples.
         RoundNotFoundError: when `dynams gc` removes the score tables, or the round that was begun for them.
-        StoreBusyError: another job may be about to score shards that were left out.
+        StoreBusyError: another job may be about to score again what failed, or shards that were left out.
         SelectionError: when no sample has a value to select on, or a selected one no weight.
         RoundExistsError: when another job published the round first.
     """
     chosen, quotas = Strategy.parse(strategy), ClassQuotas(class_balance, min_per_class)
     weight = require_options(chosen, quotas, exclude_noisy, sample_weight)
     started = now()
-    dataset = store.dataset()
-    selected_count(fraction, dataset.samples)
-    scored = None if chosen.seed is not None else round_to_cut(store, dataset, scores_of)
+    gamma = recorded_fraction(fraction)
+    scored, dataset = (None, store.dataset()) if chosen.seed is not None else tables_to_cut(store, scores_of)
     parts = {} if scored is None else complete_parts(store, dataset, scored, max_bad_shards)
     judged_by = score_history(store, dataset, scored) if exclude_noisy and scored is not None else None
     left_out = [bad.shard for bad in bad_shards(part.receipt for part in parts.values())]
-    intent = selection_intent(dataset.digest, scored, str(chosen), float(fraction), quotas, judged_by, left_out, weight)
+    intent = selection_intent(dataset.digest, scored, str(chosen), gamma, quotas, judged_by, left_out, weight)
     earlier = same_selection(store, intent)
     if earlier is not None and (not as_newest or earlier.number == store.round("latest").number):
         return SelectResult(earlier, published=False)
-    with _apart_from_scoring(store, dataset, scored, parts) as lease:
-        number = round_to_publish(store, scored, intent)
-        store.require_kept(number, scored)
-        excluded = None if judged_by is None else _exclude(store, dataset, number, judged_by)
-        with _ordered_map(client, scheduler, workers) as ordered_map:
+    if scored is not None:
+        require_few_failures(store, scored, parts, max_errors)
+    with _apart_from_scoring(store, scored, parts) as lease:
+        parts_to_cut = _score_parts(store, dataset, scored)
+        threads = workers or _thread_count(parts_to_cut, chosen, weight, quotas)
+        with (
+            _ordered_map(client, scheduler, threads) as ordered_map,
+            round_while_it_can_be_cut(store, scored, intent) as number,
+        ):
+            store.require_kept(number, scored)
+            if judged_by is not None:
+                excluded = suspected_label_errors(store, dataset, judged_by)
+                parts_to_cut = [replace(part, excluded=excluded[part.number]) for part in parts_to_cut]
             result = exact_cut(
-                _score_parts(store, dataset, scored, excluded),
+                parts_to_cut,
                 fraction=fraction,
                 strategy=chosen,
                 destination=store.path(schema.selection_path(number)),
                 quotas=quotas,
                 sample_weight=weight,
+                needs_scores=True,
                 ordered_map=ordered_map,
             )
-        if result.scored == 0 and selected_count(fraction, dataset.samples):
-            raise SelectionError(
-                f"{store.url}: none of {dataset.samples} samples has a value of {chosen}; "
-                f"margin, loss and el2n need labels: score with the right --label, or select on distance"
-            )
+        if judged_by is not None:
+            _list_excluded(store, number, parts_to_cut)
         manifest = round_manifest(store, dataset, number, scored, parts, result, started)
         manifest |= {"class_balance": class_balance, "min_per_class": min_per_class}
         if judged_by is not None:
@@ -149,10 +166,10 @@ def select_round(
 
 
 @contextmanager
-def _ordered_map(client: Client | None, scheduler: str | None, workers: int | None) -> Iterator[OrderedMap]:
+def _ordered_map(client: Client | None, scheduler: str | None, threads: int) -> Iterator[OrderedMap]:
     """Tasks of a cluster where there is one, else threads."""
     if client is None and scheduler is None:
-        yield ordered_thread_map(workers or available_cores())
+        yield ordered_thread_map(threads)
         return
     with dask_client(client, scheduler=scheduler) as connected:
         yield ordered_dask_map(connected)
@@ -194,9 +211,9 @@ def parse_weight(text: str) -> Strategy:
 
 @contextmanager
 def _apart_from_scoring(
-    store: Store, dataset: Dataset, scored: int | None, parts: Mapping[int, FinishedPart]
+    store: Store, scored: int | None, parts: Mapping[int, FinishedPart]
 ) -> Iterator[Callable[[], None] | None]:
-    """Keep scoring jobs away while tables are cut that they would replace: those made without some shards.
+    """Keep scoring jobs away while tables are cut that they may replace: those that lack some scores.
 
     Gives what makes sure that none has taken over; None where no table can change.
 
@@ -204,7 +221,7 @@ def _apart_from_scoring(
         StoreBusyError: one is at work.
         ScoresIncompleteError: one has replaced tables in this moment.
     """
-    if scored is None or not bad_shards(part.receipt for part in parts.values()):
+    if scored is None or not may_be_replaced(store, scored, parts):
         yield None
         return
     with store_lease(store, "select") as lease:
@@ -215,26 +232,26 @@ def _apart_from_scoring(
         yield lease.require
 
 
-def _exclude(store: Store, dataset: Dataset, number: int, judged_by: Sequence[int]) -> dict[int, Excluded]:
-    """The suspected label errors by part, listed in the round's folder, too."""
-    found = suspected_label_errors(store, dataset, judged_by)
+def _thread_count(parts: Sequence[ScorePart], strategy: Strategy, weight: Strategy | None, quotas: ClassQuotas) -> int:
+    """As many threads as there are cores, but no more than fit into `THREADS_BYTES` when all have a large part."""
+    largest = max((task_bytes(part, strategy, weight, bool(quotas)) for part in parts), default=0)
+    return max(1, min(available_cores(), THREADS_BYTES // max(largest, 1)))
+
+
+def _list_excluded(store: Store, number: int, parts: Iterable[ScorePart]) -> None:
+    """Write what was left out into the round's folder."""
     with selection_writer(store.path(schema.excluded_path(number))) as writer:
-        for part in dataset.parts:
-            counts = dataset.counts[part.first_shard : part.first_shard + part.shards]
-            writer.append(*rows_by_shard(counts, found[part.number]))
-    return found
+        for part in parts:
+            writer.append(*rows_by_shard(part.counts, part.excluded))
 
 
-def _score_parts(
-    store: Store, dataset: Dataset, scored: int | None, excluded: Mapping[int, Excluded] | None
-) -> list[ScorePart]:
+def _score_parts(store: Store, dataset: Dataset, scored: int | None) -> list[ScorePart]:
     return [
         ScorePart(
             url=None if scored is None else store.path(schema.scores_path(scored, part.number)),
             number=part.number,
             first_shard=part.first_shard,
             counts=dataset.counts[part.first_shard : part.first_shard + part.shards],
-            excluded=None if excluded is None else excluded[part.number],
         )
         for part in dataset.parts
     ]

@@ -289,13 +289,18 @@ def test_a_shard_written_over_in_the_middle_of_its_part_gives_no_scores(
     assert of_shards(table, bad, keep=False).equals(of_shards(undisturbed, bad, keep=False))
 
 
-def test_a_late_worker_replaces_no_published_table(store: Store, checkpoint: str, client: Client) -> None:
+@pytest.mark.parametrize("number", [1, 2])
+def test_a_late_worker_replaces_no_table_that_a_published_round_was_cut_from(
+    store: Store, checkpoint: str, client: Client, number: int
+) -> None:
     score_round(store, SPEC, checkpoint=checkpoint, client=client)
-    select_round(store, fraction="0.5")
+    if number == 2:
+        assert store.claim_selection(1, {"of": "another job"})
+    assert select_round(store, fraction="0.5").round.number == number
     plan = replace(plan_round(store, SPEC, checkpoint), receipts={})
     task = _part_tasks(store, plan, 1, checkpoint, {}, "cpu")[3]
     before = Path(store.path(schema.scores_path(1, 3))).stat().st_mtime_ns
-    with pytest.raises(ScoringError, match="was published while this part was scored again"):
+    with pytest.raises(ScoringError, match="was published while this part was scored again; it stays"):
         client.submit(score_part, task, pure=False).result()
     assert Path(store.path(schema.scores_path(1, 3))).stat().st_mtime_ns == before
 

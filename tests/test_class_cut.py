@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import random
+import tracemalloc
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
 from fractions import Fraction
@@ -15,7 +17,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from test_cut import selected_rows, write_part
 
-from dynams_stream import storage
+from dynams_stream import class_cut, storage
+from dynams_stream.class_cut import _Sum
+from dynams_stream.class_cut_part import KeyCounts
 from dynams_stream.class_quotas import ClassQuotas, settle_quotas
 from dynams_stream.cut import CutResult, ScorePart, exact_cut
 from dynams_stream.errors import UsageError
@@ -172,6 +176,38 @@ def test_tasks_hold_little_when_everything_ties(tmp_path: Path) -> None:
     cut(parts, tmp_path, "0.002", ClassQuotas(least=5), ordered_map=measured)
     assert selected_rows(str(tmp_path / "selection.parquet")) == [list(range(18)), [], []]
     assert max(sizes) < 1000
+
+
+def test_sparse_counts_are_summed_in_little_memory() -> None:
+    draw = np.random.default_rng(3)
+    expected = np.zeros(150_000, dtype=np.int64)
+    tracemalloc.start()
+    try:
+        total = _Sum()
+        for _ in range(80):
+            keys = np.unique(draw.integers(0, len(expected), 60_000))
+            counts = draw.integers(1, 9, len(keys))
+            expected[keys] += counts
+            total.add(KeyCounts(keys << 16, counts))
+        found = total.result()
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    np.testing.assert_array_equal(found.keys, np.flatnonzero(expected) << 16)
+    np.testing.assert_array_equal(found.counts, expected[expected > 0])
+    assert peak < 24_000_000  # the sum is 2.4 MB, what is added 70 MB
+
+
+def test_thresholds_do_not_depend_on_how_many_counts_are_looked_at_together(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    draw = random.Random(4)
+    shards = [[(draw.choice([0.5, 1.0, draw.random()]), draw.randrange(9)) for _ in range(60)] for _ in range(6)]
+    parts = write_labelled(tmp_path, shards, 2)
+    whole = cut(parts, tmp_path, "0.3", ClassQuotas(True, 5))
+    monkeypatch.setattr(class_cut, "_BLOCK", 7)
+    monkeypatch.setattr(class_cut, "_LEAST_WAITING", 5)
+    assert cut(parts, tmp_path, "0.3", ClassQuotas(True, 5)) == whole
 
 
 def test_an_excluded_sample_is_never_selected(tmp_path: Path) -> None:

@@ -251,6 +251,26 @@ def test_a_paused_job_that_wakes_publishes_nothing(
     assert made.counts["selected"] == 360
 
 
+def test_tables_that_a_scoring_job_may_replace_are_not_cut_beside_it(
+    digit_store: Store, checkpoint: str, client: Client
+) -> None:
+    spec = replace(SPEC, transform="toy_models:picky")  # some samples fail
+    assert 0 < score_round(digit_store, spec, checkpoint=checkpoint, client=client, max_errors=1437).failed < 1437
+    holder = OtherJob(digit_store)
+    try:
+        with pytest.raises(StoreBusyError, match=r"is busy: score \(process"):
+            select_round(digit_store, fraction="0.3", max_errors=1437)
+        assert digit_store.rounds() == []
+    finally:
+        holder.stop()
+    select_round(digit_store, fraction="0.3", max_errors=1437)
+    holder = OtherJob(digit_store)
+    try:  # from now on they cannot change
+        assert select_round(digit_store, fraction="0.2", max_errors=1437).round.manifest["scores_of"] == 1
+    finally:
+        holder.stop()
+
+
 def test_a_number_that_others_have_had_and_removed_is_no_lease(digit_store: Store) -> None:
     with store_lease(digit_store, "score") as mine:
         held = mine._holder

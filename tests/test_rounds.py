@@ -14,10 +14,12 @@ from torch.utils.data import DataLoader
 
 import toy_models
 from dynams_stream import ParameterSharingProxy, ScorerSpec, SelectedDataset, Store, schema
-from dynams_stream.errors import ModelError, RoundExistsError, UsageError
+from dynams_stream.errors import ModelError, RoundExistsError, ScoresIncompleteError, UsageError
 from pipeline import run_round
+from pipeline.index_job import build_index
 from pipeline.score_job import ScoreProgress
 from pipeline.select_job import select_round
+from pipeline.verify_job import verify_store
 
 SLIM = ScorerSpec(model="toy_models:small_cnn", input="png", label="cls", transform="toy_models:gray", width=0.5)
 FULL = ScorerSpec(model="toy_models:small_cnn", input="png", label="cls", transform="toy_models:gray")
@@ -85,6 +87,49 @@ def test_full_models_paths_and_factories(
         )
 
 
+def test_a_dataset_that_is_indexed_anew_during_the_scoring_wastes_none_of_it(
+    digit_shards: list[str], network: ParameterSharingProxy, client: Client, tmp_path: Path
+) -> None:
+    store = Store(tmp_path / "store")
+    build_index(store, digit_shards[:4])
+
+    def refresh(_: ScoreProgress) -> None:
+        build_index(store, digit_shards[1:5])
+
+    made = run_round(store, SLIM, weights=network, fraction=0.25, client=client, progress=refresh)
+    assert store.dataset_versions() == [1, 2]
+    assert (made.number, made.manifest["dataset"]["version"], made.counts["all"]) == (1, 1, 400)
+    assert made.manifest["faithfulness"]["samples"] == 400
+    urls, selection = made.dataset().urls, made.selection()
+    chosen = {(urls[shard], int(row)) for shard in range(4) for row in selection.rows(shard)}
+    dataset = SelectedDataset(store)
+    assert {(sample["__url__"], sample["__row__"]) for sample in dataset} == chosen  # of the old version
+    assert select_round(store, fraction=0.25, scores_of=1).published is False
+    assert select_round(store, fraction=0.5, scores_of=1).round.manifest["dataset"]["version"] == 1
+    assert select_round(store, fraction=0.5, scores_of=2).published is False
+    with pytest.raises(ScoresIncompleteError, match="no score tables of its newest dataset"):
+        select_round(store, fraction=0.25)
+    again = run_round(store, SLIM, weights=network, fraction=0.25, client=client)
+    assert (again.number, again.manifest["dataset"]["version"]) == (3, 2)
+    dataset.set_epoch(1)
+    assert {sample["__url__"] for sample in dataset} <= set(digit_shards[1:5])
+    assert verify_store(store).problems == ()
+
+
+def test_tables_of_two_datasets_are_not_cut_together(
+    digit_shards: list[str], network: ParameterSharingProxy, client: Client, tmp_path: Path
+) -> None:
+    store = Store(tmp_path / "store")
+    build_index(store, digit_shards[:2])
+    run_round(store, SLIM, weights=network, fraction=0.25, client=client)
+    build_index(store, digit_shards[1:3])
+    run_round(store, SLIM, weights=network, fraction=0.25, client=client)
+    Path(store.path(schema.scores_path(2, 0))).rename(store.path(schema.scores_path(2, 1)))
+    Path(store.path(schema.scores_path(2, 0))).write_bytes(Path(store.path(schema.scores_path(1, 0))).read_bytes())
+    with pytest.raises(ScoresIncompleteError, match="part 0 of round 2 does not belong to dataset version 1"):
+        select_round(store, fraction=0.5, scores_of=2)
+
+
 def test_wrong_arguments_are_refused_before_scoring_and_random_needs_none(digit_store: Store) -> None:
     with pytest.raises(UsageError, match="from 0 to 1"):
         run_round(digit_store, FULL, fraction=1.5)
@@ -109,6 +154,7 @@ RANKS = """
 import json, sys, torch, torch.distributed as dist, toy_models
 from dynams_stream import ScorerSpec
 from pipeline import run_round
+from pipeline.index_job import build_index
 dist.init_process_group("gloo", init_method=sys.argv[3], rank=int(sys.argv[1]), world_size=2)
 torch.manual_seed(0)
 spec = ScorerSpec(model="toy_models:linear", input=sys.argv[4], transform="toy_models:gray")

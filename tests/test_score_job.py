@@ -258,7 +258,7 @@ def test_the_tables_of_a_published_round_never_change(
     spec = ScorerSpec(**{**LINEAR.__dict__, "transform": "toy_models:picky"})
     made = score_round(digit_store, spec, checkpoint=checkpoint, client=client, max_errors=1437)
     assert 14 < made.failed < 1437
-    published = select_round(digit_store, fraction=0.1, scores_of=made.number).round
+    published = select_round(digit_store, fraction=0.1, scores_of=made.number, max_errors=1437).round
     folder = Path(digit_store.path(schema.scores_folder(published.number)))
     before = {path.name: path.stat().st_mtime_ns for path in folder.iterdir()}
     with pytest.raises(ScoringError, match=f"{made.failed} of 1437 samples failed, 14 are allowed"):

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,13 +13,22 @@ import numpy as np
 import pytest
 import torch
 from distributed import Client
+from typer.testing import CliRunner
 
 import toy_models
 from dynams_stream import ScorerSpec, Store, schema
+from dynams_stream.class_quotas import ClassQuotas
+from dynams_stream.cut_part import ScorePart
 from dynams_stream.errors import RoundNotFoundError, ScoresIncompleteError, SelectionError, StoreError, UsageError
 from dynams_stream.samples import SelectedSamples
+from dynams_stream.store import SelectionClaim
+from dynams_stream.strategy import Strategy
+from pipeline import select_job
+from pipeline.intents import selection_intent
+from pipeline.rounds import run_round
 from pipeline.score_job import score_round
 from pipeline.select_job import select_round
+from tools.select_subset import app
 
 LINEAR = ScorerSpec(model="toy_models:linear", input="png", label="cls", transform="toy_models:gray")
 
@@ -65,6 +76,20 @@ def test_any_number_of_workers_gives_the_same_bytes(scored: Store) -> None:
     assert files[0] == files[1] == files[2]
 
 
+def test_as_many_threads_as_memory_allows(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(select_job, "available_cores", lambda: 48)
+
+    def threads(rows: int, strategy: str = "distance", weight: str | None = None, least: int = 0) -> int:
+        parts = [ScorePart("", 0, 0, np.array([10])), ScorePart("", 1, 1, np.array([rows - 10, 10]))]
+        expression = None if weight is None else Strategy.parse(weight)
+        return select_job._thread_count(parts, Strategy.parse(strategy), expression, ClassQuotas(False, least))
+
+    assert (threads(100_000), threads(500_000), threads(10_000_000)) == (48, 13, 1)
+    assert threads(500_000) > threads(500_000, "-loss") > threads(500_000, "-loss", least=1) > 1
+    assert threads(500_000, weight="1 - confidence") == threads(500_000, "distance + confidence")
+    assert threads(500_000, "random:1") == threads(500_000)
+
+
 @pytest.mark.parametrize(
     "options",
     [
@@ -88,8 +113,9 @@ def test_tasks_of_a_cluster_give_the_same_bytes(scored: Store, client: Client, o
 def test_the_same_parameters_find_their_round_and_others_reuse_its_scores(scored: Store) -> None:
     first = select_round(scored, fraction=0.3)
     assert (first.round.number, first.published) == (1, True)
-    again = select_round(scored, fraction="0.30")
-    assert (again.round.number, again.published) == (1, False)
+    for written in ("0.30", np.float32(0.3)):
+        again = select_round(scored, fraction=written)
+        assert (again.round.number, again.published) == (1, False)
     other = select_round(scored, fraction=0.1)
     assert (other.round.number, other.published, other.round.manifest["scores_of"]) == (2, True, 1)
     assert select_round(scored, fraction=0.1).published is False
@@ -189,6 +215,55 @@ def test_an_interrupted_selection_is_taken_up_again(scored: Store) -> None:
     assert Path(scored.path(schema.selection_path(made.number))).read_bytes() == selection
     assert select_round(scored, fraction=0.1).round.number == 2
     assert select_round(scored, fraction=0.3).round.number == 1
+
+
+@pytest.mark.parametrize(
+    "refused",
+    [{"min_per_class": 200}, {"sample_weight": "-distance"}, {"strategy": "0 * (margin - margin) / 0"}],
+    ids=["quotas", "weights", "no values"],
+)
+def test_what_is_refused_leaves_the_round_to_the_next_call(scored: Store, refused: dict[str, Any]) -> None:
+    with pytest.raises((UsageError, SelectionError)):
+        select_round(scored, fraction=0.1, **refused)
+    assert not Path(scored.path(schema.selection_claim_path(1))).exists()
+    made = select_round(scored, fraction=0.1)
+    assert (made.round.number, made.round.manifest["scores_of"]) == (1, None)
+    with pytest.raises((UsageError, SelectionError)):  # now it would be a round of its own
+        select_round(scored, fraction=0.1, **refused)
+    assert (scored.round_numbers(), list(scored.claims())) == ([1], [1])
+    assert select_round(scored, fraction=0.2).round.number == 2
+
+
+def test_a_claim_that_was_there_before_is_not_given_back(scored: Store) -> None:
+    """Another job with the same selection may be at work, and would lose its round to a third one."""
+    with pytest.raises(SelectionError, match="is -0"):
+        select_round(scored, fraction=0.1, sample_weight="-distance")
+    dataset = scored.dataset()
+    quotas, weight = ClassQuotas(False, 0), "-distance"
+    intent = selection_intent(dataset.digest, 1, "distance", 0.1, quotas, None, [], weight)
+    assert scored.claim_selection(1, intent)
+    with pytest.raises(SelectionError, match="is -0"):
+        select_round(scored, fraction=0.1, sample_weight="-distance")
+    assert scored.claim_selection(1, intent) is SelectionClaim.THERE
+
+
+def test_scores_that_failed_too_often_are_not_published(digit_store: Store, client: Client, tmp_path: Path) -> None:
+    path = tmp_path / "linear.pt"
+    torch.save(toy_models.linear().state_dict(), path)
+    picky = replace(LINEAR, transform="toy_models:picky")
+    failed = score_round(digit_store, picky, checkpoint=str(path), client=client, max_errors=1437).failed
+    with pytest.raises(ScoresIncompleteError, match=rf"{failed} of 1437 samples failed in round 1, 14 are al") as told:
+        select_round(digit_store, fraction=0.3)
+    assert re.search(r"\n  shard 0, row \d+, key '\d+': cannot decode.*too bright", str(told.value))
+    assert "run dynams score again, or allow so many" in str(told.value)
+    assert digit_store.claim_selection(1, {}) is SelectionClaim.MADE  # nothing was begun
+    Path(digit_store.path(schema.selection_claim_path(1))).unlink()
+    command = ["--store", digit_store.url, "--fraction", "0.3", "--json", "--max-errors"]
+    assert isinstance(CliRunner().invoke(app, [*command, str(failed - 1)]).exception, ScoresIncompleteError)
+    assert json.loads(CliRunner().invoke(app, [*command, str(failed)]).stdout)["published"] is True
+    assert select_round(digit_store, fraction=0.3).published is False  # what is there is found
+    made = run_round(digit_store, picky, weights=path, fraction=0.2, client=client, max_errors=failed, check_samples=0)
+    assert made.counts["failed"] == failed
 
 
 def test_what_cannot_be_selected(digit_store: Store, scored: Store) -> None:

@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 
 from dynams_stream import schema
 from dynams_stream.errors import StoreError, UsageError
-from dynams_stream.selection import Selection, selected_count
+from dynams_stream.selection import Selection, recorded_fraction, selected_count
 from dynams_stream.selection_file import selection_writer
 
 sorted_rows = st.lists(st.integers(0, 2**32 - 1), unique=True, max_size=8).map(sorted)
@@ -206,3 +206,15 @@ def test_selected_count_takes_the_decimal_as_written(fraction: Any, samples: int
 def test_selected_count_refuses_others(fraction: Any) -> None:
     with pytest.raises(UsageError, match="a fraction is a number from 0 to 1; got"):
         selected_count(fraction, 10)
+
+
+@pytest.mark.parametrize("fraction", ["0.10000000000000000001", Decimal("0.12345678901234567890"), "1e-400"])
+def test_a_fraction_that_no_float_carries_is_refused(fraction: Any) -> None:
+    """It would be recorded as another one, whose round would be taken for its own."""
+    with pytest.raises(UsageError, match="no more digits than a float carries; got"):
+        selected_count(fraction, 1000)
+
+
+def test_a_fraction_is_recorded_as_it_is_written() -> None:
+    assert {recorded_fraction(one) for one in (0.07, "0.070", " 7e-2", np.float32(0.07), Decimal("0.07"))} == {0.07}
+    assert recorded_fraction(1 / 3) == 1 / 3

@@ -18,7 +18,7 @@ import pytest
 from dynams_stream import schema, storage
 from dynams_stream.dataset import Part
 from dynams_stream.errors import NotIndexedError, RoundExistsError, RoundNotFoundError, StoreError, UsageError
-from dynams_stream.store import Store
+from dynams_stream.store import SelectionClaim, Store
 
 COUNTS = [3, 0, 2, 4]
 PARTS = [0, 0, 1, 1]
@@ -337,8 +337,10 @@ def test_claims_count_up_from_what_is_there(store: Store) -> None:
 
 def test_one_intent_has_a_rounds_selection(store: Store) -> None:
     number = store.claim_round({})
-    assert store.claim_selection(number, {"strategy": "distance", "fraction": 0.5, "parts": (1, 2)})
-    assert store.claim_selection(number, {"strategy": "distance", "fraction": 0.5, "parts": [1, 2]})
+    claim = store.claim_selection(number, {"strategy": "distance", "fraction": 0.5, "parts": (1, 2)})
+    assert claim is SelectionClaim.MADE
+    claim = store.claim_selection(number, {"strategy": "distance", "fraction": 0.5, "parts": [1, 2]})
+    assert claim is SelectionClaim.THERE
     assert not store.claim_selection(number, {"strategy": "distance", "fraction": 0.4, "parts": [1, 2]})
     assert store.claim_selection(store.claim_round({}), {"strategy": "distance", "fraction": 0.4})
     assert list(store.claims()) == [1, 2]

@@ -168,6 +168,10 @@ DebugOption = Annotated[bool, typer.Option("--debug", help="Show a traceback wit
 WorkersOption = Annotated[
     int | None, typer.Option("--workers", min=1, help="Processes (or threads) to use; default: one per core.")
 ]
+MaxErrorsOption = Annotated[
+    int | None,
+    typer.Option("--max-errors", min=0, help="Failed samples that are still accepted. Default: 1 %, at least 10."),
+]
 MaxBadShardsOption = Annotated[
     int,
     typer.Option(

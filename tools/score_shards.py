@@ -10,7 +10,7 @@ import typer
 from dynams_stream import storage
 from dynams_stream.store import Store
 from pipeline.cluster import job_script
-from pipeline.receipt import name_bad_shards
+from pipeline.receipt import allowed_failures, name_bad_shards
 from pipeline.score_job import ScoredRound, ScorePlan, first_extensions, plan_round, score_round
 from tools.cluster_options import ClusterOption, SchedulerFileOption, SchedulerOption, scheduler_source
 from tools.command import (
@@ -19,6 +19,7 @@ from tools.command import (
     DryRunOption,
     JsonOption,
     MaxBadShardsOption,
+    MaxErrorsOption,
     StoreOption,
     WorkersOption,
     run,
@@ -33,7 +34,6 @@ from tools.scoring_options import (
     InputOption,
     LabelOption,
     LeastSideOption,
-    MaxErrorsOption,
     ModelArgsOption,
     ModelOption,
     OnBusyOption,
@@ -103,7 +103,7 @@ def score(
             workers=workers, device=device, max_errors=max_errors, max_bad_shards=max_bad_shards,
             progress=progress, on_busy=busy_policy(on_busy),
         )  # fmt: skip
-    show(as_dict(result), in_words(result, store), json)
+    show(as_dict(result), in_words(result, store, max_errors), json)
 
 
 def plan_as_dict(plan: ScorePlan) -> dict[str, object]:
@@ -143,10 +143,13 @@ def as_dict(result: ScoredRound) -> dict[str, object]:
     }
 
 
-def in_words(result: ScoredRound, store: str) -> str:
-    """The result for people."""
+def in_words(result: ScoredRound, store: str, max_errors: int | None = None) -> str:
+    """The result for people; `max_errors` is what the command was given."""
+    following = "next: dynams select"
+    if max_errors is not None and result.failed > allowed_failures(None, result.samples):
+        following += f" --max-errors {max_errors}"
     if result.resumed_parts == result.parts and not result.bad_shards:
-        return f"{store}: round {result.number} is scored already, {result.samples:,} samples; next: dynams select"
+        return f"{store}: round {result.number} is scored already, {result.samples:,} samples; {following}"
     lines = [
         f"{store}: round {result.number}, {result.samples:,} samples = {result.samples - result.failed:,} scored + "
         f"{result.failed:,} failed, {result.wall_seconds:.1f} s ({time_split(result.seconds)})"
@@ -155,9 +158,9 @@ def in_words(result: ScoredRound, store: str) -> str:
         lines.append(f"{result.resumed_parts} of {result.parts} parts were done before")
     lines += [f"  {error}" for error in result.errors]
     if not result.bad_shards:
-        return "\n".join([*lines, "next: dynams select"])
+        return "\n".join([*lines, following])
     left_out = f"warning: {len(result.bad_shards)} shards were left out:{name_bad_shards(result.bad_shards)}"
-    return "\n".join([*lines, left_out, f"next: dynams select --max-bad-shards {len(result.bad_shards)}"])
+    return "\n".join([*lines, left_out, f"{following} --max-bad-shards {len(result.bad_shards)}"])
 
 
 if __name__ == "__main__":

@@ -50,10 +50,6 @@ OnBusyOption = Annotated[
     str,
     typer.Option("--on-busy", help="When another job works on the store: skip (exit 3, naming it), or wait for it."),
 ]
-MaxErrorsOption = Annotated[
-    int | None,
-    typer.Option("--max-errors", min=0, help="Failed samples that are still accepted. Default: 1 %, at least 10."),
-]
 
 
 def busy_policy(text: str) -> OnBusy:

@@ -9,6 +9,7 @@ import typer
 from dynams_stream.selection import selected_count
 from dynams_stream.store import Store
 from dynams_stream.strategy import Strategy
+from pipeline.pending import tables_to_cut
 from pipeline.select_job import MOST_DISAGREEMENT, SelectResult, select_round
 from tools.cluster_options import ClusterOption, SchedulerFileOption, SchedulerOption, scheduler_source
 from tools.command import (
@@ -17,6 +18,7 @@ from tools.command import (
     DryRunOption,
     JsonOption,
     MaxBadShardsOption,
+    MaxErrorsOption,
     StoreOption,
     WorkersOption,
     run,
@@ -33,7 +35,7 @@ StrategyOption = Annotated[
     str,
     typer.Option(
         "--strategy",
-        help="Score whose smallest values are selected: distance, abs(margin), -loss, … or random:SEED.",
+        help="Expression of scores, smallest values selected: distance, abs(margin), -loss, … or random:SEED.",
     ),
 ]
 ClassBalanceOption = Annotated[
@@ -72,6 +74,7 @@ def select(
     exclude_noisy: ExcludeNoisyOption = False,
     most_disagreement: MostDisagreementOption = MOST_DISAGREEMENT,
     sample_weight: SampleWeightOption = None,
+    max_errors: MaxErrorsOption = None,
     max_bad_shards: MaxBadShardsOption = 0,
     workers: WorkersOption = None,
     scheduler: SchedulerOption = None,
@@ -90,7 +93,8 @@ def select(
     """
     source = scheduler_source(scheduler, scheduler_file, cluster)
     if dry_run:
-        samples = Store(store).dataset().samples
+        target = Store(store)
+        samples = (target.dataset() if round is None else tables_to_cut(target, round)[1]).samples
         count = selected_count(fraction, samples)
         chosen = str(Strategy.parse(strategy))
         words = f"{store}: would select {count:,} of {samples:,} samples by {chosen}, fewer if fewer have scores"
@@ -99,8 +103,8 @@ def select(
     result = select_round(
         Store(store), fraction=fraction, strategy=strategy, scores_of=round, workers=workers,
         class_balance=class_balance, min_per_class=min_per_class, exclude_noisy=exclude_noisy,
-        most_disagreement=most_disagreement, sample_weight=sample_weight, max_bad_shards=max_bad_shards,
-        scheduler=source,
+        most_disagreement=most_disagreement, sample_weight=sample_weight, max_errors=max_errors,
+        max_bad_shards=max_bad_shards, scheduler=source,
     )  # fmt: skip
     show(as_dict(result), in_words(result, store), json)
 
