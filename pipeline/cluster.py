@@ -52,9 +52,9 @@ def dask_client(
         device: "cpu" or "cuda".
 
     Raises:
-        UsageError: when the scheduler cannot be reached, or the description is wrong.
+        UsageError: when the address or the description is wrong, or the scheduler file is none.
         MissingExtraError: when the package that starts the cluster is not installed.
-        ScoringError: when the cluster does not start, or no worker arrives.
+        ScoringError: when the scheduler is not reached, the cluster does not start, or no worker arrives.
     """
     if client is not None:
         yield client
@@ -108,8 +108,12 @@ def _connect(address: str) -> Client:
     try:
         _knock(address)
         return Client(address, timeout=CONNECT_SECONDS, set_as_default=False)
-    except (OSError, TimeoutError, ValueError) as error:
-        raise UsageError(f"cannot reach the Dask scheduler at {address}: {error}; is it running?") from error
+    except ValueError as error:
+        raise UsageError(f"{address!r} is no address of a Dask scheduler: {error}") from error
+    except OSError as error:  # it may be there again the next time: no matter of usage
+        raise ScoringError(
+            f"cannot reach the Dask scheduler at {address}: {error}; see that it runs, then run the same command again"
+        ) from error
 
 
 def _knock(address: str) -> None:
@@ -128,9 +132,9 @@ def _connect_by_file(path: str) -> Client:
     while True:
         try:
             return _connect(_address_in(path))
-        except UsageError as error:
+        except (UsageError, ScoringError) as error:
             if time.monotonic() >= deadline:
-                raise UsageError(f"{error} ({path} was looked at for {SCHEDULER_FILE_SECONDS} s)") from error
+                raise type(error)(f"{error} ({path} was looked at for {SCHEDULER_FILE_SECONDS} s)") from error
         time.sleep(0.5)
 
 
@@ -139,8 +143,10 @@ def _address_in(path: str) -> str:
         with open(path) as file:
             return str(json.load(file)["address"])
     except FileNotFoundError as error:
-        raise UsageError(f"{path}: no such scheduler file; start: dask scheduler --scheduler-file {path}") from error
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ScoringError(f"{path}: no such scheduler file; start: dask scheduler --scheduler-file {path}") from error
+    except OSError as error:
+        raise ScoringError(f"{path}: the scheduler file cannot be read: {error}; see that it may be") from error
+    except (ValueError, KeyError, TypeError) as error:
         raise UsageError(f"{path}: not a scheduler file as `dask scheduler` writes it: {error}") from error
 
 

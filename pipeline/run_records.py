@@ -11,8 +11,8 @@ from __future__ import annotations
 import json
 import logging
 import os
-import signal
 import socket
+import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
@@ -20,8 +20,9 @@ from datetime import UTC, datetime
 from typing import Any, Literal
 
 from dynams_stream import schema, storage
-from dynams_stream.errors import LeaseLostError, RoundExistsError, StoreBusyError, UsageError
+from dynams_stream.errors import LeaseLostError, RoundExistsError, StoreBusyError
 from dynams_stream.store import Store
+from pipeline.checkpoints import Checkpoint
 
 logger = logging.getLogger(__name__)
 
@@ -40,7 +41,10 @@ class LastRun:
         ending: how it ended.
         round: the checkpoint's round, where it has one.
         error: why it failed.
-        failures: runs in a row that failed, this one included.
+        failures: runs in a row that failed, this one included; one that was stopped is not counted.
+        dealt_with: the last checkpoint that has its round, or that none was due for; failed runs leave it as it was.
+        dealt_with_modified: when that one was written, in seconds since 1970.
+        epoch_from: which names count as checkpoints (`--epoch-from`); None for all.
         began, ended: in UTC.
         host, pid: who ran.
     """
@@ -52,6 +56,9 @@ class LastRun:
     round: int | None = None
     error: str | None = None
     failures: int = 0
+    dealt_with: str | None = None
+    dealt_with_modified: float | None = None
+    epoch_from: str | None = None
     host: str = field(default_factory=socket.gethostname)
     pid: int = field(default_factory=os.getpid)
 
@@ -91,48 +98,68 @@ class TriggerState:
 
 
 class TriggerRecord:
-    """Keeps a trigger's file up to date."""
+    """Keeps a trigger's file up to date; several threads may tell of it."""
 
     def __init__(self, store: Store, when: str, checkpoints: str):
-        self._store = store
+        self._store, self._lock = store, threading.Lock()
         self._trigger = TriggerState(when, storage.absolute(checkpoints), began=_text(), seen=_text())
 
     def seen(self, next_run: datetime | None) -> None:
-        """It is alive, and the next run is due then."""
-        due = None if next_run is None else _text(next_run)
-        self._trigger = replace(self._trigger, seen=_text(), next_run=due)
-        _write(self._store, schema.TRIGGER_FILE, asdict(self._trigger))
+        """It is alive, and the next run is due then; says nothing once it has ended."""
+        with self._lock:
+            if self._trigger.ended is None:
+                due = None if next_run is None else _text(next_run)
+                self._tell(replace(self._trigger, seen=_text(), next_run=due))
 
     def ended(self) -> None:
         """It was stopped."""
-        _write(self._store, schema.TRIGGER_FILE, asdict(replace(self._trigger, seen=_text(), ended=_text())))
+        with self._lock:
+            self._tell(replace(self._trigger, seen=_text(), next_run=None, ended=_text()))
+
+    def _tell(self, state: TriggerState) -> None:
+        self._trigger = state
+        _write(self._store, schema.TRIGGER_FILE, asdict(state))
 
 
 class RunRecord:
     """What a run is at, for its record."""
 
-    def __init__(self, store: Store):
-        self._store, self._began = store, _text()
-        self.checkpoint: str | None = None
+    def __init__(self, store: Store, epoch_from: str | None = None):
+        self._store, self._epoch_from, self._began = store, epoch_from, _text()
+        self.checkpoint: Checkpoint | None = None
 
     def ended(self, ending: Ending, *, round: int | None = None, error: str | None = None) -> None:
         """Write how the run ended."""
-        before = last_run(self._store)
-        failures = (0 if before is None else before.failures) + 1 if ending == "failed" else 0
-        run = LastRun(self.checkpoint, ending, self._began, _text(), round=round, error=error, failures=failures)
+        before, found = last_run(self._store), self.checkpoint
+        known = _known(before) | {"epoch_from": self._epoch_from}
+        if found is not None and ending in ("published", "up to date", "not due"):
+            known |= {"dealt_with": found.url, "dealt_with_modified": found.modified}
+        url, failures = None if found is None else found.url, _failures(ending, before)
+        run = LastRun(url, ending, self._began, _text(), round=round, error=error, failures=failures, **known)
         _write(self._store, schema.LAST_RUN_FILE, asdict(run))
 
 
+def _known(before: LastRun | None) -> dict[str, Any]:
+    """What each run hands on to the next."""
+    names = ("dealt_with", "dealt_with_modified", "epoch_from")
+    return {} if before is None else {name: getattr(before, name) for name in names}
+
+
+def _failures(ending: Ending, before: LastRun | None) -> int:
+    earlier = 0 if before is None else before.failures
+    return {"failed": earlier + 1, "stopped": earlier}.get(ending, 0)
+
+
 @contextmanager
-def recorded_run(store: Store) -> Iterator[RunRecord]:
+def recorded_run(store: Store, epoch_from: str | None = None) -> Iterator[RunRecord]:
     """Record that a run failed or was stopped when an error leaves the block; other endings are for the block to tell.
 
-    A run that found the store busy leaves the record to the one that is at work, and wrong usage is no run.
+    A run that found the store busy leaves the record to the one that is at work.
     """
-    record = RunRecord(store)
+    record = RunRecord(store, epoch_from)
     try:
         yield record
-    except (StoreBusyError, LeaseLostError, RoundExistsError, UsageError):
+    except (StoreBusyError, LeaseLostError, RoundExistsError):
         raise
     except Exception as error:
         record.ended("failed", error=f"{error}"[:MOST_TEXT] or type(error).__name__)
@@ -142,11 +169,12 @@ def recorded_run(store: Store) -> Iterator[RunRecord]:
         raise
 
 
-def record_crash(store: Store, checkpoint: str | None, status: int) -> None:
-    """Record that a run's process was ended by a signal (a negative `status`), which it could not do itself."""
-    record = RunRecord(store)
-    record.checkpoint = checkpoint
-    record.ended("failed", error=f"its process was ended by signal {-status} ({signal.Signals(-status).name})")
+def record_failure(store: Store, checkpoint: str | None, error: str) -> None:
+    """Record that a run failed, where it could not do so itself."""
+    before, now = last_run(store), _text()
+    failures = _failures("failed", before)
+    run = LastRun(checkpoint, "failed", now, now, error=error, failures=failures, **_known(before))
+    _write(store, schema.LAST_RUN_FILE, asdict(run))
 
 
 def last_run(store: Store) -> LastRun | None:
@@ -173,8 +201,8 @@ def _read(store: Store, path: str) -> Mapping[str, Any] | None:
         found = json.loads(storage.read_bytes(store.path(path)))
     except FileNotFoundError:
         return None
-    except ValueError as error:
-        logger.warning(f"{store.path(path)}: not JSON ({error}); it is written anew by the next run")
+    except Exception as error:  # noqa: BLE001 (no JSON, or whatever a store's client raises: the work itself goes on)
+        logger.warning(f"{store.path(path)} cannot be read: {error}; the next run writes it anew, where it can")
         return None
     return found if isinstance(found, dict) else None
 

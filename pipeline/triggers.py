@@ -23,8 +23,9 @@ Outcome = Literal["done", "busy", "failed"]
 Seen = Callable[[datetime | None], None]
 """Told now and then that the trigger is alive, and when the next run is due, where that is known."""
 
-ATTEMPTS = 3
-"""How often a watched checkpoint is tried before a newer one is waited for."""
+PAUSES = (60.0, 300.0, 1800.0)
+"""Seconds before a watched checkpoint whose run failed is tried again: after the first failure, the second, and each
+later one. A passing fault must not cost it its round; a newer checkpoint is taken at once."""
 SEEN_SECONDS = 30.0
 
 
@@ -32,33 +33,36 @@ def watch(
     folder: str,
     run: Callable[[str], Outcome],
     *,
+    pattern: str | None = None,
     poll: float = 5.0,
     seen: Seen = lambda due: None,
     sleep: Callable[[float], None] = time.sleep,
+    clock: Callable[[], float] = time.monotonic,
 ) -> None:
     """Run once for the newest checkpoint of a folder, and for each newer one that is complete, until stopped.
 
     Checkpoints that were overtaken during a run are passed over. While another job holds the store, the newest is tried
-    at each look; one that fails is tried three times, since a passing fault must not cost it its round.
+    at each look; one that fails is tried again after a while (`PAUSES`).
 
     Args:
         folder: where the trainer writes.
         run: makes a round from the checkpoint of that path.
+        pattern: which names count, as for `pipeline.checkpoints.checkpoints`.
         poll: seconds between looks.
         seen: called at the start and about twice a minute, from another thread.
-        sleep: waits; given by tests.
+        sleep, clock: wait, and tell seconds; given by tests.
     """
-    looks, failures = _Looks(folder), _Failures()
+    looks, failures = _Looks(folder, pattern), _Failures(clock)
     with _heartbeat(seen):
         while True:
-            pause = 1
             found = looks.newest()
-            if found is not None:
+            if found is not None and not failures.is_waiting(found):
                 outcome = run(found.url)
-                pause = failures.after(found, outcome)
-                if outcome == "done" or (outcome == "failed" and pause == 0):
+                if outcome == "done":
                     looks.done(found)
-            sleep(poll * max(1, pause))
+                elif outcome == "failed":
+                    failures.add(found)
+            sleep(poll)
 
 
 @contextmanager
@@ -83,8 +87,8 @@ def _heartbeat(seen: Seen) -> Iterator[None]:
 class _Looks:
     """Looks at a folder that may not be reachable for a while."""
 
-    def __init__(self, folder: str):
-        self._folder, self._checkpoints = folder, NewestCheckpoint(folder)
+    def __init__(self, folder: str, pattern: str | None):
+        self._folder, self._checkpoints = folder, NewestCheckpoint(folder, pattern)
         self._told = ""
 
     def newest(self) -> Checkpoint | None:
@@ -105,74 +109,68 @@ class _Looks:
 
 
 class _Failures:
-    """Counts how often one version of a checkpoint failed in a row."""
+    """When a checkpoint whose runs fail is tried again."""
 
-    def __init__(self) -> None:
+    def __init__(self, clock: Callable[[], float]) -> None:
+        self._clock = clock
         self._of: tuple[str, str] | None = None
-        self._count = 0
+        self._count, self._again = 0, 0.0
 
-    def after(self, checkpoint: Checkpoint, outcome: Outcome) -> int:
-        """How many looks to let pass before the next try; 0 when it was tried often enough."""
-        if outcome != "failed":
-            return 1
+    def is_waiting(self, checkpoint: Checkpoint) -> bool:
+        """Whether its next try is still to come."""
+        return (checkpoint.url, checkpoint.version) == self._of and self._clock() < self._again
+
+    def add(self, checkpoint: Checkpoint) -> None:
+        """A run with this one has failed."""
         version = (checkpoint.url, checkpoint.version)
         self._count = self._count + 1 if version == self._of else 1
-        self._of = version
-        if self._count < ATTEMPTS:
-            logger.warning(f"{checkpoint.url}: no round; trying again")
-            return self._count
-        logger.warning(f"{checkpoint.url}: no round in {ATTEMPTS} tries; waiting for a newer checkpoint")
-        return 0
+        pause = PAUSES[min(self._count, len(PAUSES)) - 1]
+        self._of, self._again = version, self._clock() + pause
+        logger.warning(f"{checkpoint.url}: no round; trying again in {pause:g} s, or with a newer checkpoint")
 
 
 # ---- by the clock ----------------------------------------------------------------------------------------------------
 
 
-def run_on_schedule(trigger: BaseTrigger, run: Callable[[], None], *, seen: Seen, at_once: bool) -> None:
-    """Run at each time that the trigger names, until stopped or until a run raises, which is raised here.
+def run_on_schedule(trigger: BaseTrigger, run: Callable[[], object], *, seen: Seen, at_once: bool) -> None:
+    """Run whenever a trigger says so, one run at a time, until stopped or a run raises.
 
-    Runs never overlap. Times that pass during a run are made up for by one run after it; one that the machine slept
-    through, however late.
+    Times that pass during a run are made up for by one run right after it, and so is a time that the machine slept
+    through.
 
     Args:
-        trigger: of `every` or `cron`.
-        run: one run; called from another thread.
-        seen: called twice a minute and after each run with the next time.
+        trigger: `every(…)` or `cron(…)`.
+        run: makes a round.
+        seen: called twice a minute and before and after each run with the next time.
         at_once: whether the first run is due now.
     """
     from apscheduler.executors.pool import ThreadPoolExecutor
-    from apscheduler.schedulers.blocking import BlockingScheduler
+    from apscheduler.schedulers.background import BackgroundScheduler
     from apscheduler.triggers.interval import IntervalTrigger
 
-    scheduler = BlockingScheduler(timezone=UTC, executors={"default": ThreadPoolExecutor(2)})
-    failure: list[BaseException] = []
-
-    def guarded() -> None:
-        try:
-            run()
-        except BaseException as error:  # noqa: BLE001 (raised again in the thread that waits)
-            failure.append(error)
-            scheduler.shutdown(wait=False)
-        else:
-            tell()
+    # APScheduler drops the times at which its job still runs. So its job only tells that a run is due.
+    due = threading.Event()
+    scheduler = BackgroundScheduler(timezone=UTC, executors={"default": ThreadPoolExecutor(2)})
 
     def tell() -> None:
         job = scheduler.get_job("rescore")
         seen(None if job is None else job.next_run_time)
 
-    settings = {"coalesce": True, "max_instances": 1, "misfire_grace_time": None}
+    settings = {"coalesce": True, "misfire_grace_time": None}
     now = {"next_run_time": datetime.now(UTC)}
-    scheduler.add_job(guarded, trigger, id="rescore", **settings, **(now if at_once else {}))
+    scheduler.add_job(due.set, trigger, id="rescore", **settings, **(now if at_once else {}))
     scheduler.add_job(tell, IntervalTrigger(seconds=int(SEEN_SECONDS)), id="seen", **settings, **now)
-    # "maximum number of running instances reached" and the like are how runs are kept from overlapping
-    logging.getLogger("apscheduler").setLevel(logging.ERROR)
+    logging.getLogger("apscheduler").setLevel(logging.ERROR)  # a sign of life that comes late is no news
+    scheduler.start()
     try:
-        scheduler.start()
+        while True:
+            due.wait()
+            due.clear()
+            tell()
+            run()
+            tell()
     finally:
-        if scheduler.running:
-            scheduler.shutdown(wait=False)
-    if failure:
-        raise failure[0]
+        scheduler.shutdown(wait=False)
 
 
 def every(seconds: float) -> BaseTrigger:

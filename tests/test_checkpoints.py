@@ -13,7 +13,14 @@ import torch
 import toy_models
 from dynams_stream import ParameterSharingProxy
 from dynams_stream.errors import CheckpointError, UsageError
-from pipeline.checkpoints import NewestCheckpoint, checkpoints, epoch_of, newest_checkpoint
+from pipeline.checkpoints import (
+    NewestCheckpoint,
+    checkpoints,
+    epoch_of,
+    newest_checkpoint,
+    require_folder,
+    require_place,
+)
 
 
 def put(folder: Path, name: str, content: str, seconds: float) -> str:
@@ -34,8 +41,43 @@ def test_oldest_first_and_by_number_within_a_time(tmp_path: Path) -> None:
     put(tmp_path, "notes.txt", "none", 60)
     (tmp_path / "folder.pt").mkdir()
     assert names(str(tmp_path)) == ["best.pth", "9.pt", "10.pt", "100.safetensors", "a-2.pt"]
-    with pytest.raises(UsageError, match="no such folder"):
+    with pytest.raises(CheckpointError, match="no such folder"):  # it may be there again: no matter of usage
         checkpoints(str(tmp_path / "none"))
+
+
+def test_a_place_that_makes_no_sense_is_refused_at_the_start(tmp_path: Path) -> None:
+    other = put(tmp_path, "last.ckpt", "another ending", 10)
+    for check in (require_place, require_folder, checkpoints):
+        with pytest.raises(UsageError, match=r"last\.ckpt: a file, but no checkpoint .* end in \.safetensors, \.pt"):
+            check(other)
+        check(str(tmp_path))
+        check("later.pt")
+    require_place(str(tmp_path / "none"))
+    with pytest.raises(UsageError, match="none: no such folder"):
+        require_folder(str(tmp_path / "none"))
+
+
+def test_with_a_pattern_only_names_that_fit_it_count(tmp_path: Path) -> None:
+    for name, seconds in (("last.pt", 50), ("best.pt", 60)):
+        put(tmp_path, name, name, seconds)
+    assert [one.url for one in checkpoints(str(tmp_path), "{epoch}.pt")] == [
+        str(tmp_path / "last.pt"),
+        str(tmp_path / "best.pt"),
+    ]
+    put(tmp_path, "optimizer-4.pt", "in front", 70)
+    assert newest(tmp_path, "{epoch}.pt") == "optimizer-4.pt"
+    put(tmp_path, "4.pt", "four", 40)
+    assert newest(tmp_path, "{epoch}.pt") == "4.pt"
+    assert newest(tmp_path, "optimizer-{epoch}.") == "optimizer-4.pt"
+    assert newest(tmp_path, None) == "optimizer-4.pt"
+    with pytest.raises(UsageError, match=r"no \{epoch\} in it"):
+        newest(tmp_path, "4")
+
+
+def newest(folder: Path, pattern: str | None) -> str:
+    found = newest_checkpoint(str(folder), pattern)
+    assert found is not None
+    return found.url.rsplit("/", 1)[-1]
 
 
 def test_an_object_stores_listing_is_enough() -> None:
@@ -94,21 +136,25 @@ def test_a_newest_that_is_removed_does_not_bring_back_an_older_one(tmp_path: Pat
 
 def test_once_takes_an_old_file_at_once_and_looks_twice_at_a_fresh_one(tmp_path: Path) -> None:
     slept: list[float] = []
-    assert newest_checkpoint("some/file.pt") == os.path.abspath("some/file.pt")
-    with pytest.raises(CheckpointError, match="no checkpoint yet"):
-        newest_checkpoint(str(tmp_path))
+    assert newest_checkpoint(str(tmp_path)) is None
+    with pytest.raises(CheckpointError, match=r"1\.pt: no such checkpoint"):
+        newest_checkpoint(str(tmp_path / "1.pt"))
     old = put(tmp_path, "1.pt", "one", time.time() - 3600)
-    assert (newest_checkpoint(str(tmp_path), sleep=slept.append), slept) == (old, [])
+    assert newest_checkpoint(old) == newest_checkpoint(str(tmp_path), sleep=slept.append)
+    assert (newest(tmp_path, None), slept) == ("1.pt", [])
     fresh = put(tmp_path, "2.pt", "half", time.time())
-    assert (newest_checkpoint(str(tmp_path), settle=7, sleep=slept.append), slept) == (fresh, [7])
+    found = newest_checkpoint(str(tmp_path), settle=7, sleep=slept.append)
+    assert found is not None
+    assert (found.url, slept) == (fresh, [7])
 
     def goes_on(seconds: float) -> None:
         put(tmp_path, "2.pt", "half and more", time.time())
 
-    assert newest_checkpoint(str(tmp_path), sleep=goes_on) == old
+    found = newest_checkpoint(str(tmp_path), sleep=goes_on)
+    assert found is not None
+    assert found.url == old
     os.remove(old)
-    with pytest.raises(CheckpointError, match=r"no checkpoint is complete yet; .*2\.pt is still being written"):
-        newest_checkpoint(str(tmp_path), sleep=goes_on)
+    assert newest_checkpoint(str(tmp_path), sleep=goes_on) is None  # it is still being written
 
 
 def test_the_epoch_comes_from_metadata_or_the_name(tmp_path: Path) -> None:

@@ -8,9 +8,12 @@ import re
 import signal
 import subprocess
 import sys
+import threading
 import time
+from datetime import UTC, datetime
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import psutil
 import pytest
@@ -23,8 +26,9 @@ from dynams_stream import LinearSchedule, ParameterSharingProxy, ScorerSpec, Sto
 from dynams_stream.errors import CheckpointError, UsageError
 from dynams_stream.selection import selected_count
 from pipeline.rescore import Due, due_round, model_beside, rescore
-from pipeline.run_records import last_run, trigger
+from pipeline.run_records import LastRun, TriggerRecord, last_run, trigger
 from tools.rescore import app
+from tools.status import app as status_app
 
 SPEC = ScorerSpec(model="toy_models:linear", input="png", label="cls", transform="toy_models:gray")
 MODEL = ["--model", "toy_models:linear", "--transform", "toy_models:gray"]
@@ -154,13 +158,14 @@ def test_runs_are_told_by_status(digit_store: Store, client: Client, tmp_path: P
         "--epoch-from",
         "{epoch}.pt",
     ]
-    assert "no checkpoint yet" in dynams("rescore", *options, "--fraction", "0.2", code=1)
+    # nothing to do is no failure: a scheduled run may well be there before the first epoch has ended
+    assert "no round is due: no complete checkpoint yet" in dynams("rescore", *options, "--fraction", "0.2")
     save(folder, "0.pt", seed=0)
     os.utime(folder / "0.pt", (time.time() - 600, time.time() - 600))
     state = json.loads(dynams("status", "--store", digit_store.url, "--checkpoints", folder, "--json"))
     assert 590 < state["checkpoints"]["behind_seconds"] < 700
-    assert (state["last_run"]["ending"], state["last_run"]["failures"]) == ("failed", 1)
-    assert "no checkpoint yet" in state["last_run"]["error"]
+    assert state["checkpoints"]["round_behind_seconds"] is None
+    assert (state["last_run"]["ending"], state["last_run"]["failures"]) == ("not due", 0)
     reason = json.loads(dynams("rescore", *by_epoch, "--json"))
     assert (reason["round"], reason["reason"]) == (None, "epoch 1 trains on everything")
     save(folder, "1.pt", seed=1)
@@ -180,7 +185,98 @@ def test_runs_are_told_by_status(digit_store: Store, client: Client, tmp_path: P
     }  # fmt: skip
     assert metrics["dynams_newest_round_selected_samples"] == 863
     assert abs(metrics["dynams_newest_round_timestamp_seconds"] - time.time()) < 300
+    assert metrics["dynams_round_behind_seconds"] == 0
     assert "dynams_next_run_timestamp_seconds" not in metrics
+
+
+def invoked(*arguments: object) -> dict[str, Any]:
+    """What a command prints with --json, in this process."""
+    result = CliRunner().invoke(app, [*map(str, arguments), "--json"], catch_exceptions=False)
+    assert result.exit_code == 0
+    return json.loads(result.stdout)
+
+
+def test_before_the_first_checkpoint_there_is_nothing_to_do(digit_store: Store, tmp_path: Path) -> None:
+    folder = tmp_path / "ckpt"
+    folder.mkdir()
+    options = ["--store", digit_store.url, *MODEL, "--fraction", "0.1", "--checkpoint", folder]
+    told = invoked("--once", *options)
+    assert (told["checkpoint"], told["round"], told["published"]) == (None, None, False)
+    assert "no complete checkpoint yet in " in told["reason"]
+    ran = last_run(digit_store)
+    assert ran is not None
+    assert (ran.ending, ran.failures, ran.checkpoint) == ("not due", 0, None)
+    folder.rmdir()
+    result = CliRunner().invoke(app, list(map(str, options)))
+    assert isinstance(result.exception, CheckpointError)  # exit 1: it may be there again
+    assert "no such folder" in str(result.exception)
+
+
+def test_the_schedule_is_the_one_that_plan_and_train_have(digit_store: Store, tmp_path: Path) -> None:
+    config = tmp_path / "run.toml"
+    config.write_text(
+        'schedule = "power"\nepochs = 12\nwarmup = 4\nwarmup_fraction = 0.1\ninterval = 2\nbudget = 0.2\n'
+    )
+    path = save(tmp_path, "1.pt", seed=1)
+    options = ["--store", digit_store.url, *MODEL, "--config", config, "--checkpoint", path, "--epoch-from", "{epoch}."]
+    assert invoked(*options)["reason"] == "epoch 2 trains on random samples"
+
+
+HOLDS = """
+import sys
+from dynams_stream import Store
+from pipeline.lease import store_lease
+with store_lease(Store(sys.argv[1]), "score"):
+    print("held", flush=True)
+    sys.stdin.read()
+"""
+
+
+def test_who_waited_for_another_job_takes_what_is_the_newest_then(
+    digit_store: Store, client: Client, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder, long_ago = tmp_path / "ckpt", time.time() - 600
+    folder.mkdir()
+    os.utime(save(folder, "1.pt", seed=1), (long_ago, long_ago))
+    job = subprocess.Popen(
+        [sys.executable, "-c", HOLDS, digit_store.url], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+        env=ENVIRONMENT,
+    )  # fmt: skip
+    assert job.stdin is not None
+    assert job.stdout is not None
+    assert job.stdout.readline() == "held\n"
+
+    def trainer() -> None:
+        deadline = time.monotonic() + 60
+        while "waiting for it to end" not in caplog.text and time.monotonic() < deadline:
+            time.sleep(0.02)
+        os.utime(save(folder, "2.pt", seed=2), (long_ago + 60, long_ago + 60))
+        job.communicate()  # the other job ends
+
+    thread = threading.Thread(target=trainer)
+    thread.start()
+    options = ["--store", digit_store.url, *MODEL, "--scheduler", client.scheduler.address, "--fraction", "0.1"]
+    try:
+        made = invoked(*options, "--checkpoint", folder, "--on-busy", "wait")
+    finally:
+        thread.join()
+    assert (made["checkpoint"], made["published"]) == (str(folder / "2.pt"), True)
+
+
+def test_a_trigger_that_was_stopped_is_not_missed(digit_store: Store) -> None:
+    record = TriggerRecord(digit_store, "every 30m", "1.pt")
+    record.seen(datetime.now(UTC))
+
+    def metrics() -> set[str]:
+        text = CliRunner().invoke(status_app, ["--store", digit_store.url, "--prometheus"]).stdout
+        return {line.split("{")[0] for line in text.splitlines() if not line.startswith("#")}
+
+    signs = {"dynams_trigger_seen_timestamp_seconds", "dynams_next_run_timestamp_seconds"}
+    assert metrics() >= signs
+    record.ended()
+    assert not metrics() & signs
+    words = CliRunner().invoke(status_app, ["--store", digit_store.url]).stdout
+    assert re.search(r"runs start: every 30m \(process \d+ on .*, stopped 2.*\)$", words, re.MULTILINE)
 
 
 @pytest.mark.parametrize(
@@ -197,6 +293,13 @@ def test_runs_are_told_by_status(digit_store: Store, client: Client, tmp_path: P
         (["--checkpoint", "c", "--cron", "0 6 * * *", "--every", "1h", "--fraction", "0.1"], "one of --every and"),
         (["--watch", "ckpt", "--fraction", "0.1"], "ckpt: no such folder"),
         (["--watch", ".", "--fraction", "0.1", "--max-runtime", "long"], "--max-runtime 'long' is no duration"),
+        (
+            ["--checkpoint", "c.pt", "--fraction", "0.1", "--max-runtime", "6h"],
+            "--max-runtime is for runs that --watch",
+        ),
+        (["--checkpoint", "ckpt", "--every", "1h", "--fraction", "0.1"], "ckpt: no such folder"),
+        (["--checkpoint", __file__, "--fraction", "0.1"], r"test_rescore\.py: a file, but no checkpoint by its name"),
+        (["--watch", ".", "--fraction", "0.1", "--epoch-from", "4"], r"no \{epoch\} in it"),
     ],
 )
 def test_flags_that_make_no_sense_are_refused(digit_store: Store, flags: list[str], complaint: str) -> None:
@@ -264,7 +367,7 @@ def test_a_watcher_goes_on_after_a_bad_checkpoint_and_stops_in_order(
         process.send_signal(signal.SIGTERM)
         _, complaint = process.communicate(timeout=60)
     assert process.returncode == 143
-    assert "bad.pt: no round; trying again" in complaint
+    assert "bad.pt: no round; trying again in 60 s" in " ".join(complaint.split())
     starts = trigger(digit_store)
     assert starts is not None
     assert starts.ended is not None
@@ -272,6 +375,49 @@ def test_a_watcher_goes_on_after_a_bad_checkpoint_and_stops_in_order(
     assert ran is not None
     assert (ran.ending, ran.round, ran.failures) == ("published", digit_store.rounds()[-1].number, 0)
     assert len(digit_store.rounds()) == 2
+
+
+TRIES_SOON = """
+from pipeline import triggers
+triggers.PAUSES = (0.1,)
+from tools.cli import main
+main()
+"""
+
+
+@pytest.mark.slow
+def test_a_watcher_outlives_whatever_becomes_of_its_runs(digit_store: Store, tmp_path: Path) -> None:
+    folder = tmp_path / "ckpt"
+    folder.mkdir()
+    (tmp_path / "tools").mkdir()
+    (tmp_path / "tools" / "__init__.py").write_text("raise ImportError('the tools of a training repository')")
+    command = [
+        sys.executable, "-P", "-c", TRIES_SOON, "rescore", "--store", digit_store.url, "--watch", str(folder),
+        "--poll", "0.1", *MODEL, "--scheduler", "tcp://127.0.0.1:9", "--fraction", "0.1",
+    ]  # fmt: skip
+    process = subprocess.Popen(command, env=ENVIRONMENT, cwd=tmp_path, stderr=subprocess.PIPE, text=True)
+
+    def failures(number: int) -> LastRun:
+        while (ran := last_run(digit_store)) is None or ran.failures < number:
+            assert process.poll() is None
+            time.sleep(0.05)
+        return ran
+
+    try:
+        save(folder, "0.pt", seed=0)
+        while not (runs := psutil.Process(process.pid).children()):
+            assert process.poll() is None
+            time.sleep(0.01)
+        runs[0].kill()
+        killed = failures(1)
+        assert (killed.checkpoint, killed.pid) == (str(folder / "0.pt"), process.pid)
+        assert killed.error == "its process was ended by signal 9 (SIGKILL)"
+        assert "cannot reach the Dask scheduler" in str(failures(3).error)  # and that again is no end
+    finally:
+        process.send_signal(signal.SIGTERM)
+        _, complaint = process.communicate(timeout=60)
+    assert process.returncode == 143
+    assert "0.pt: no round; trying again in 0.1 s" in " ".join(complaint.split())
 
 
 TRAINER = """

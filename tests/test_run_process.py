@@ -13,15 +13,15 @@ from pathlib import Path
 import psutil
 import pytest
 
-from pipeline import run_process
-from pipeline.run_process import RunProcess
+import pipeline.run_process
+from pipeline.run_process import Ended, run_process
 
 WAITS = "import sys, time; open(sys.argv[1], 'w').close(); time.sleep(60)"
 DEAF = f"import signal; signal.signal(signal.SIGTERM, signal.SIG_IGN); {WAITS}"
 
 
-def command(program: str) -> list[str]:
-    return [sys.executable, "-c", program]
+def command(program: str, *arguments: str) -> list[str]:
+    return [sys.executable, "-c", program, *arguments]
 
 
 def wait_for(path: Path) -> None:
@@ -32,37 +32,54 @@ def wait_for(path: Path) -> None:
 
 
 def test_the_status_is_the_commands() -> None:
-    process = RunProcess(command("import sys; sys.exit(int(sys.argv[1]))"))
-    assert [process.run("0"), process.run("3")] == [0, 3]
-    assert RunProcess(command("import os; os.kill(os.getpid(), 9)")).run() == -9
+    program = "import sys; sys.exit(int(sys.argv[1]))"
+    assert [run_process(command(program, status)) for status in ("0", "3")] == [Ended(0), Ended(3)]
+    assert run_process(command("import os; os.kill(os.getpid(), 9)")) == Ended(-9)
+    with pytest.raises(OSError, match="no-such"):
+        run_process(["/no-such"])
 
 
 def test_a_run_that_lasts_too_long_is_stopped(tmp_path: Path) -> None:
     began = time.monotonic()
-    assert RunProcess(command(WAITS), max_seconds=1).run(str(tmp_path / "begun")) == -signal.SIGTERM
+    ended = run_process(command(WAITS, str(tmp_path / "begun")), max_seconds=1)
+    assert ended == Ended(-signal.SIGTERM, too_long=True)
     assert time.monotonic() - began < 30
 
 
+class Stopped(Exception):  # noqa: N818
+    """What a signal's handler raises."""
+
+
 def test_one_that_does_not_listen_is_killed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(run_process, "STOP_SECONDS", 0.5)
-    process, status = RunProcess(command(DEAF)), []
-    thread = threading.Thread(target=lambda: status.append(process.run(str(tmp_path / "begun"))))
+    monkeypatch.setattr(pipeline.run_process, "STOP_SECONDS", 0.5)
+
+    def stop(*_: object) -> None:
+        raise Stopped
+
+    def send() -> None:
+        wait_for(tmp_path / "begun")
+        os.kill(os.getpid(), signal.SIGUSR1)
+
+    usual, thread = signal.signal(signal.SIGUSR1, stop), threading.Thread(target=send)
+    before = psutil.Process().children()
     thread.start()
-    wait_for(tmp_path / "begun")
-    process.stop()
-    thread.join()
-    assert status == [-signal.SIGKILL]
-    assert process.run(str(tmp_path / "again")) == -signal.SIGTERM or not (tmp_path / "again").exists()
+    try:
+        with pytest.raises(Stopped):
+            run_process(command(DEAF, str(tmp_path / "begun")))
+    finally:
+        signal.signal(signal.SIGUSR1, usual)
+        thread.join()
+    assert psutil.Process().children() == before
 
 
 RUNS = """
 import sys
-from pipeline.run_process import RunProcess
+from pipeline.run_process import run_process
 from tools.command import Terminated, _terminate
 import signal
 signal.signal(signal.SIGTERM, _terminate)
 try:
-    RunProcess([sys.executable, "-c", sys.argv[1]]).run(sys.argv[2])
+    run_process([sys.executable, "-c", *sys.argv[1:]])
 except Terminated:
     sys.exit(143)
 """

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import os
+import signal
 import threading
 import time
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest
+from apscheduler.triggers.interval import IntervalTrigger
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dynams_stream.errors import UsageError
 from pipeline import triggers
-from pipeline.triggers import ATTEMPTS, Outcome, cron, every, run_on_schedule, watch
+from pipeline.triggers import PAUSES, Outcome, cron, every, run_on_schedule, watch
 
 
 class Stopped(Exception):  # noqa: N818
@@ -27,6 +29,7 @@ class Trainer:
     def __init__(self, folder: Path, writes: dict[int, str], answers: dict[str, list[Outcome]], looks: int):
         self.folder, self.writes, self.answers, self.looks = folder, writes, answers, looks
         self.look, self.slept, self.runs, self.seen = 0, [], [], 0
+        self.pattern: str | None = None
 
     def run(self, path: str) -> Outcome:
         name = Path(path).name
@@ -50,7 +53,10 @@ class Trainer:
 
 def followed(trainer: Trainer) -> list[tuple[int, str]]:
     with pytest.raises(Stopped):
-        watch(str(trainer.folder), trainer.run, poll=2, seen=trainer.tell, sleep=trainer.sleep)
+        watch(
+            str(trainer.folder), trainer.run, pattern=trainer.pattern, poll=2, seen=trainer.tell, sleep=trainer.sleep,
+            clock=lambda: 2.0 * trainer.look,
+        )  # fmt: skip
     return trainer.runs
 
 
@@ -114,14 +120,28 @@ def test_a_busy_store_costs_no_checkpoint_its_round(tmp_path: Path) -> None:
     assert followed(trainer) == [(look, "1.pt") for look in range(2, 10)]
 
 
-def test_a_failing_checkpoint_is_tried_three_times_then_a_newer_one_awaited(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
+def test_a_failing_checkpoint_is_tried_again_after_longer_and_longer(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    trainer = Trainer(tmp_path, {1: "1.pt", 9: "2.pt"}, {"1.pt": ["failed"] * 9, "2.pt": ["failed"]}, looks=14)
-    assert followed(trainer) == [(2, "1.pt"), (3, "1.pt"), (4, "1.pt"), (10, "2.pt"), (11, "2.pt")]
-    assert trainer.slept[2:5] == [2, 4, 2]
-    assert sum("in 3 tries; waiting for a newer" in text for text in caplog.messages) == 1
-    assert ATTEMPTS == 3
+    assert PAUSES[0] >= 60  # a passing fault has minutes to pass
+    assert sorted(PAUSES) == list(PAUSES)
+    monkeypatch.setattr(triggers, "PAUSES", (4.0, 10.0))
+    trainer = Trainer(tmp_path, {1: "1.pt"}, {"1.pt": ["failed"] * 4}, looks=40)
+    assert followed(trainer) == [(look, "1.pt") for look in (2, 4, 9, 14, 19)]  # the last one is done
+    assert set(trainer.slept) == {2}
+    assert sum("1.pt: no round; trying again in 10 s" in text for text in caplog.messages) == 3
+
+
+def test_a_newer_checkpoint_does_not_wait_for_one_that_fails(tmp_path: Path) -> None:
+    trainer = Trainer(tmp_path, {1: "1.pt", 5: "2.pt", 8: "1.pt"}, {"1.pt": ["failed", "done"]}, looks=14)
+    assert followed(trainer) == [(2, "1.pt"), (6, "2.pt"), (9, "1.pt")]
+
+
+def test_files_beside_the_numbered_ones_are_passed_over(tmp_path: Path) -> None:
+    writes = {1: "1.pt", 2: "last.pt", 3: "optimizer-1.pt", 6: "2.pt", 7: "best.pt"}
+    trainer = Trainer(tmp_path, writes, {}, looks=12)
+    trainer.pattern = "{epoch}.pt"
+    assert followed(trainer) == [(2, "1.pt"), (7, "2.pt")]
 
 
 # ---- by the clock ----------------------------------------------------------------------------------------------------
@@ -208,31 +228,41 @@ def test_wrong_cron_lines_are_refused(line: str, complaint: str) -> None:
 
 
 def test_runs_do_not_overlap_and_missed_ones_are_made_up_for_once() -> None:
-    began, running, most, seen = [], 0, 0, []
+    """Times at 0, 0.3 and 0.6 s, and then none: the first run lasts through the others, and one run follows it."""
+    began, running, most, seen = 0, 0, 0, []
     lock = threading.Lock()
 
     def run() -> None:
-        nonlocal running, most
+        nonlocal began, running, most
         with lock:
-            running += 1
-            most = max(most, running)
-            began.append(time.monotonic())
-        time.sleep(0.5)
+            began, running, most = began + 1, running + 1, max(most, running + 1)
+        time.sleep(1.0 if began == 1 else 0.1)
+        if began == 2:
+            signal.setitimer(signal.ITIMER_REAL, 0.7)
         with lock:
             running -= 1
-        if len(began) == 4:
-            raise Stopped
 
-    with pytest.raises(Stopped):
-        run_on_schedule(every(0.2), run, seen=seen.append, at_once=True)
-    assert (most, len(began)) == (1, 4)
-    assert all(isinstance(due, datetime) for due in seen)
-    assert len(seen) >= 4  # after each run, and at the start
+    def stop(*_: object) -> None:
+        raise Stopped
+
+    usual = signal.signal(signal.SIGALRM, stop)
+    signal.setitimer(signal.ITIMER_REAL, 20)
+    thrice = IntervalTrigger(seconds=0.3, end_date=datetime.now(UTC) + timedelta(seconds=0.8), timezone=UTC)
+    try:
+        with pytest.raises(Stopped):
+            run_on_schedule(thrice, run, seen=seen.append, at_once=True)
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, usual)
+    assert (most, began) == (1, 2)
+    assert len(seen) >= 4  # before and after each run
 
 
 def test_a_run_that_raises_ends_the_schedule() -> None:
     def run() -> None:
         raise UsageError("wrong usage")
 
+    seen: list[datetime | None] = []
     with pytest.raises(UsageError, match="wrong usage"):
-        run_on_schedule(every(3600), run, seen=lambda due: None, at_once=True)
+        run_on_schedule(every(3600), run, seen=seen.append, at_once=True)
+    assert max(filter(None, seen)) > datetime.now(UTC) + timedelta(seconds=3000)  # before a run the next one is told

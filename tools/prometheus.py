@@ -20,8 +20,12 @@ _METRICS: dict[str, tuple[str, tuple[str, ...]]] = {
         ("checkpoints", "newest_modified"),
     ),
     "dynams_behind_seconds": (
-        "For how long the oldest checkpoint has waited that is newer than the newest round's.",
+        "How long ago the checkpoint was written that was dealt with last, where a newer one is there; else 0.",
         ("checkpoints", "behind_seconds"),
+    ),
+    "dynams_round_behind_seconds": (
+        "By how much the newest checkpoint is newer than the one that the newest round was made from.",
+        ("checkpoints", "round_behind_seconds"),
     ),
     "dynams_last_run_timestamp_seconds": ("When the last run of dynams rescore ended.", ("last_run", "ended")),
     "dynams_last_run_failures": ("Runs in a row that failed, 0 after a good one.", ("last_run", "failures")),

@@ -11,7 +11,15 @@ from dynams_stream.errors import UsageError
 from dynams_stream.schedule import Schedule, make_schedule
 from dynams_stream.scorer import ScorerSpec
 from dynams_stream.store import Store
-from pipeline.checkpoints import epoch_of, newest_checkpoint
+from pipeline.checkpoints import (
+    CHECKPOINT_ENDINGS,
+    Checkpoint,
+    epoch_of,
+    epoch_pattern,
+    newest_checkpoint,
+    require_place,
+)
+from pipeline.lease import store_lease
 from pipeline.rescore import Due, Rescored, due_round, model_beside, rescore
 from pipeline.rounds import CHECK_SAMPLES, LEAST_OVERLAP
 from pipeline.run_records import recorded_run
@@ -39,6 +47,7 @@ from tools.schedule_options import (
     FinalOption,
     IntervalOption,
     StepsOption,
+    WarmupFractionOption,
     WarmupOption,
 )
 from tools.scoring_options import (
@@ -92,7 +101,8 @@ def rescore_command(
     ] = None,
     poll: Annotated[float, typer.Option("--poll", min=0.1, help="Seconds between looks at a folder.")] = 5.0,
     max_runtime: Annotated[
-        str | None, typer.Option("--max-runtime", help="Stop a run that lasts longer, such as 6h. Default: no limit.")
+        str | None,
+        typer.Option("--max-runtime", help="With --watch, --every, --cron: stop a run that lasts longer, such as 6h."),
     ] = None,
     fraction: Annotated[
         str | None, typer.Option("--fraction", help="Selected part of all samples, 0.3 say; or give --schedule.")
@@ -104,13 +114,15 @@ def rescore_command(
     final: FinalOption = None,
     budget: BudgetOption = None,
     warmup: WarmupOption = WARMUP,
+    warmup_fraction: WarmupFractionOption = 1.0,
     anneal: AnnealOption = ANNEAL,
     interval: IntervalOption = INTERVAL,
     steps: StepsOption = None,
     epoch_from: Annotated[
         str | None,
         typer.Option(
-            "--epoch-from", help="Where a checkpoint's name has its epoch: 'model-{epoch}.'. Default: metadata."
+            "--epoch-from",
+            help="Where a checkpoint's name has its epoch: 'model-{epoch}.'; no others are taken. Default: metadata.",
         ),
     ] = None,
     strategy: StrategyOption = "distance",
@@ -171,8 +183,8 @@ def rescore_command(
     if fallback is not None and compare_with is None:
         raise UsageError("--fallback needs --compare-with: the model's checkpoint, to compare with and to fall back on")
     fractions = _fractions(
-        fraction, schedule, epochs, warmup=warmup, anneal=anneal, interval=interval, final=final, budget=budget,
-        steps=steps,
+        fraction, schedule, epochs, warmup=warmup, warmup_fraction=warmup_fraction, anneal=anneal, interval=interval,
+        final=final, budget=budget, steps=steps,
     )  # fmt: skip
     spec = scorer_spec(
         model, model_args, head, width, input, label, transform, batch_size, precision, compile, least_side
@@ -180,9 +192,16 @@ def rescore_command(
     busy, source = busy_policy(on_busy), scheduler_source(scheduler, scheduler_file, cluster)
     target = Store(store)
     trigger = find_trigger(checkpoint, watch, once, every, cron)
+    require_place(trigger.place)
+    if epoch_from is not None:
+        epoch_pattern(epoch_from)  # a wrong one is refused before anything is started
     if trigger.when is not None:
-        start_runs(context, target, trigger, poll=poll, max_runtime=max_runtime)
+        start_runs(context, target, trigger, poll=poll, max_runtime=max_runtime, epoch_from=epoch_from, on_busy=busy)
         return
+    if max_runtime is not None:
+        raise UsageError(
+            "--max-runtime is for runs that --watch, --every or --cron start; use timeout(1) for a single one"
+        )
     choices = {
         "class_balance": class_balance,
         "min_per_class": min_per_class,
@@ -195,15 +214,16 @@ def rescore_command(
         "max_bad_shards": max_bad_shards, "choices": choices, "calibration_samples": calibration_samples,
         "check_samples": check_samples, "least_overlap": least_overlap, "fallback": fallback, "on_busy": busy,
     }  # fmt: skip
-    with recorded_run(target) as record:
-        record.checkpoint = found = newest_checkpoint(trigger.place, settle=poll)
-        epoch = epoch_of(found, epoch_from)
-        due = due_round(target, fractions, found, epoch) if isinstance(fractions, Schedule) else Due(fractions)
-        if due.fraction is None:
+    # The lease comes first: what is the newest checkpoint, and what is due, may change while another job is waited for.
+    with recorded_run(target, epoch_from) as record, store_lease(target, "round", on_busy=busy):
+        record.checkpoint = found = newest_checkpoint(trigger.place, epoch_from, settle=poll)
+        epoch = None if found is None else epoch_of(found.url, epoch_from)
+        due = _due(target, fractions, trigger.place, found, epoch)
+        if found is None or due.fraction is None:
             record.ended("not due")
-            _report_not_due(found, due, json)
+            _report_not_due(None if found is None else found.url, due, json)
             return
-        result = _rescore(target, spec, found, due.fraction, epoch, compare_with, job)
+        result = _rescore(target, spec, found.url, due.fraction, epoch, compare_with, job)
         record.ended("published" if result.published else "up to date", round=result.round.number)
     _report(result, json)
 
@@ -219,6 +239,12 @@ def _fractions(
     if epochs is None:
         raise UsageError(f"--schedule {schedule} needs --epochs: how many the training run has")
     return make_schedule(schedule, steps=steps, epochs=epochs, **arguments)
+
+
+def _due(store: Store, fractions: str | Schedule, place: str, found: Checkpoint | None, epoch: int | None) -> Due:
+    if found is None:
+        return Due(None, f"no complete checkpoint yet in {place} ({', '.join(CHECKPOINT_ENDINGS)})")
+    return due_round(store, fractions, found.url, epoch) if isinstance(fractions, Schedule) else Due(fractions)
 
 
 def _rescore(
@@ -254,10 +280,11 @@ def _report(result: Rescored, as_json: bool) -> None:
     )
 
 
-def _report_not_due(checkpoint: str, due: Due, as_json: bool) -> None:
+def _report_not_due(checkpoint: str | None, due: Due, as_json: bool) -> None:
+    of = "" if checkpoint is None else f"; checkpoint {checkpoint}"
     show(
         {"checkpoint": checkpoint, "round": None, "published": False, "reason": due.reason},
-        f"no round is due: {due.reason}; checkpoint {checkpoint}",
+        f"no round is due: {due.reason}{of}",
         as_json,
     )
 

@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import os
 import re
+import signal
 import sys
-from collections.abc import Callable
+import sysconfig
+from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import typer
 
 from dynams_stream.errors import UsageError
 from dynams_stream.store import Store
 from pipeline import triggers
-from pipeline.checkpoints import checkpoints
-from pipeline.run_process import RunProcess
-from pipeline.run_records import TriggerRecord, record_crash
+from pipeline.checkpoints import CHECKPOINT_ENDINGS, require_folder
+from pipeline.lease import OnBusy, current_holder
+from pipeline.run_process import Ended, run_process
+from pipeline.run_records import TriggerRecord, record_failure
 from tools.command import EXIT_BUSY, EXIT_USAGE, same_command, say
 
 
@@ -60,37 +65,40 @@ def find_trigger(checkpoint: str | None, watch: str | None, once: bool, every: s
     return trigger
 
 
-def start_runs(context: typer.Context, store: Store, trigger: Trigger, *, poll: float, max_runtime: str | None) -> None:
+def start_runs(
+    context: typer.Context,
+    store: Store,
+    trigger: Trigger,
+    *,
+    poll: float,
+    max_runtime: str | None,
+    epoch_from: str | None,
+    on_busy: OnBusy,
+) -> None:
     """Start runs when the trigger says so, until stopped.
 
     Raises:
-        UsageError: when a run ends with wrong usage: the next ones would, too.
+        UsageError: the very first run ends with wrong usage: the next ones would, too.
     """
     store.dataset()  # a store without one is told at once, not by each run
+    require_folder(trigger.place)  # and so is a folder that is not there
     record = TriggerRecord(store, str(trigger), trigger.place)
-    most = None if max_runtime is None else seconds_of(max_runtime, "--max-runtime")
-    command = [sys.executable, "-m", "tools.rescore", *same_command(context, watch=None, every=None, cron=None)]
-    process = RunProcess(command, max_seconds=most)
-
-    def run(place: str) -> triggers.Outcome:
-        status = process.run(f"--checkpoint={place}", "--once")
-        return "failed" if process.is_stopped else _outcome(store, place, status)
-
+    is_watch = trigger.when == "watch"
+    # A watch waits for another job itself, and takes what is the newest then.
+    waits = on_busy == "wait" and not is_watch
+    changes = {"on_busy": "wait" if waits else "skip", "max_runtime": None}
+    arguments = same_command(context, watch=None, every=None, cron=None, **changes)
+    run = Runs(store, arguments, waits=waits, max_runtime=max_runtime)
     try:
-        if trigger.when == "watch":
-            checkpoints(trigger.place)  # a folder that is not there is told before the first wait
+        if is_watch:
             say(f"watching {trigger.place} every {poll:g} s; Ctrl-C stops")
-            triggers.watch(trigger.place, run, poll=poll, seen=record.seen)
+            triggers.watch(trigger.place, run, pattern=epoch_from, poll=poll, seen=record.seen)
         else:
             say(f"{trigger} on {trigger.place}; Ctrl-C stops")
-            _run_by_clock(trigger, run, record.seen)
+            at_once = trigger.when == "every"
+            triggers.run_on_schedule(_by_clock(trigger), lambda: run(trigger.place), seen=record.seen, at_once=at_once)
     finally:
-        process.stop()
         record.ended()
-
-
-def _run_by_clock(trigger: Trigger, run: Callable[[str], triggers.Outcome], seen: triggers.Seen) -> None:
-    triggers.run_on_schedule(_by_clock(trigger), lambda: run(trigger.place), seen=seen, at_once=trigger.when == "every")
 
 
 def _by_clock(trigger: Trigger) -> triggers.BaseTrigger:
@@ -99,18 +107,78 @@ def _by_clock(trigger: Trigger) -> triggers.BaseTrigger:
     return triggers.every(seconds_of(trigger.text, "--every"))
 
 
-def _outcome(store: Store, place: str, status: int) -> triggers.Outcome:
-    """What a run's exit status means; its own messages were on stderr."""
-    if status == 0:
-        return "done"
-    if status == EXIT_BUSY:
-        return "busy"
-    if status == EXIT_USAGE:
-        raise UsageError("the run ended with wrong usage (above); no later one would do better")
-    if status < 0:
-        say(f"{place}: the run's process was ended by signal {-status}")
-        record_crash(store, place, status)
-    return "failed"
+class Runs:
+    """Starts the runs of a trigger, each in its own process, and tells what became of them.
+
+    Args:
+        store: which the runs work on.
+        arguments: of a run's command, but for its checkpoint.
+        waits: whether a run waits for another job, rather than not being started.
+        max_runtime: after which a run is stopped, as `--max-runtime` has it.
+    """
+
+    def __init__(self, store: Store, arguments: Sequence[str], *, waits: bool, max_runtime: str | None):
+        self._store, self._waits, self._max_runtime = store, waits, max_runtime
+        self._max_seconds = None if max_runtime is None else seconds_of(max_runtime, "--max-runtime")
+        # With -P a package `tools` where the command runs does not hide ours.
+        self._command = [sys.executable, "-P", "-m", "tools.rescore", *arguments]
+        self._is_first = True
+        self._busy_with: int | None = None
+
+    def __call__(self, place: str) -> triggers.Outcome:
+        """Run with the checkpoint or the folder of that path.
+
+        Raises:
+            UsageError: the very first run ended with wrong usage.
+        """
+        if not self._waits and self._is_busy():
+            return "busy"
+        command = [*self._command, f"--checkpoint={place}", "--once"]
+        try:
+            ended = run_process(command, max_seconds=self._max_seconds, environment=_environment())
+        except OSError as error:  # no memory for another process, perhaps
+            return self._failed(place, f"its process could not be started: {error}")
+        is_first, self._is_first = self._is_first, False
+        if ended.status == EXIT_USAGE and is_first:
+            raise UsageError("the run ended with wrong usage (above); no later one would do better")
+        return self._outcome(place, ended)
+
+    def _is_busy(self) -> bool:
+        """Whether another job holds the store; told once of each."""
+        try:
+            holder = current_holder(self._store)
+        except Exception:  # noqa: BLE001 (whatever a store's client raises: the run tells and records it)
+            return False
+        if holder is not None and holder.number != self._busy_with:
+            say(f"{self._store.url} is busy: {holder}; no run is started")
+        self._busy_with = None if holder is None else holder.number
+        return holder is not None
+
+    def _outcome(self, place: str, ended: Ended) -> triggers.Outcome:
+        """What a run's end means; its own messages were on stderr, and mostly it has recorded how it ended."""
+        if ended.status == 0:
+            return "done"
+        if ended.too_long:
+            return self._failed(place, f"lasted longer than --max-runtime {self._max_runtime}, and was stopped")
+        if ended.status == EXIT_BUSY:
+            return "busy"
+        if ended.status < 0:
+            number = -ended.status
+            return self._failed(place, f"its process was ended by signal {number} ({signal.Signals(number).name})")
+        return "failed"
+
+    def _failed(self, place: str, error: str) -> triggers.Outcome:
+        say(f"{place}: the run failed: {error}")
+        record_failure(self._store, place if place.endswith(CHECKPOINT_ENDINGS) else None, error)
+        return "failed"
+
+
+def _environment() -> dict[str, str]:
+    """Where our packages are not installed (in a checkout), a run has to be told where they are."""
+    root = str(Path(__file__).resolve().parents[1])
+    if root == sysconfig.get_path("purelib"):
+        return dict(os.environ)
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))}
 
 
 _UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86400}

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
-from dynams_stream.errors import UsageError
+from dynams_stream.errors import DynamsError
 from dynams_stream.store import Round, Store
 from pipeline.freshness import freshness
 from pipeline.lease import Holder, current_holder
@@ -68,14 +68,19 @@ def as_dict(store: Store, rounds: list[Round], last: int, place: str | None) -> 
         "newest_round_age_seconds": round(age_seconds(rounds[-1]), 1) if rounds else None,
         "checkpoints": None if place is None else _freshness(store, place, ran),
         "last_run": None if ran is None else asdict(ran),
-        "trigger": None if starts is None else asdict(starts),
+        "trigger": None if starts is None else _alive(starts),
     }
+
+
+def _alive(starts: TriggerState) -> dict[str, Any]:
+    """A trigger without its signs of life where it was stopped in order: nobody should miss them."""
+    return asdict(starts) | ({} if starts.ended is None else {"seen": None, "next_run": None})
 
 
 def _freshness(store: Store, place: str, ran: LastRun | None) -> dict[str, Any] | None:
     try:
         return asdict(freshness(store, place, ran))
-    except UsageError as error:  # the folder went; the rest can be told
+    except DynamsError as error:  # the folder went; the rest can be told
         say(f"checkpoints: {error}")
         return None
 
@@ -129,9 +134,7 @@ def _rescoring_in_words(result: Mapping[str, Any]) -> list[str]:
         lines.append(f"runs start: {TriggerState(**result['trigger'])}")
     if result["checkpoints"]:
         behind = result["checkpoints"]["behind_seconds"]
-        state = (
-            f"a newer one has waited for {timedelta(seconds=round(behind))}" if behind else "none waits for its round"
-        )
+        state = f"rounds are {timedelta(seconds=round(behind))} behind" if behind else "none waits for its round"
         lines.append(f"checkpoints: {result['checkpoints']['place']}, {state}")
     return lines
 
