@@ -14,7 +14,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from concurrent.futures import CancelledError
 from contextlib import ExitStack, contextmanager, suppress
 from typing import Any
@@ -224,20 +224,29 @@ def wait_for_a_worker(client: Client, seconds: float) -> None:
     )
 
 
+def threads_by_worker(client: Client) -> Mapping[str, int]:
+    """How many tasks each worker runs at once, by its address; waits for a worker where there is none.
+
+    Raises:
+        ScoringError: when it has no worker and none arrives, or its scheduler is gone.
+    """
+    try:
+        threads = client.nthreads()
+        if not threads:
+            wait_for_a_worker(client, WORKER_SECONDS)
+            threads = client.nthreads()
+    except (OSError, CancelledError) as error:
+        raise lost_scheduler(client) from error
+    return threads  # type: ignore[no-any-return]
+
+
 def worker_threads(client: Client) -> int:
     """How many tasks the cluster runs at once now.
 
     Raises:
         ScoringError: when it has no worker and none arrives, or its scheduler is gone.
     """
-    try:
-        threads = sum(client.nthreads().values())
-        if not threads:
-            wait_for_a_worker(client, WORKER_SECONDS)
-            threads = sum(client.nthreads().values())
-    except (OSError, CancelledError) as error:
-        raise lost_scheduler(client) from error
-    return threads
+    return sum(threads_by_worker(client).values())
 
 
 def lost_scheduler(client: Client) -> ScoringError:
