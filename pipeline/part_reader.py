@@ -21,6 +21,7 @@ from dynams_stream.ordered_map import ordered_thread_map
 from dynams_stream.scorer import Scorer
 from dynams_stream.store import Store
 from pipeline.receipt import Clock
+from pipeline.remote_reader import open_reader
 from pipeline.score_table import Batch
 
 READ_BYTES = 8 << 20
@@ -91,9 +92,9 @@ def part_batches(
 
 
 def open_indexed(store: Store, url: str, fingerprint: str) -> storage.Reader:
-    """As `Store.open_shard`; whatever keeps the shard from being read is a ShardError that has its URL."""
+    """As `remote_reader.open_reader`; whatever keeps the shard from being read is a ShardError that has its URL."""
     with _named(url):
-        return store.open_shard(url, fingerprint)
+        return open_reader(store, url, fingerprint)
 
 
 def require_unchanged(
