@@ -19,6 +19,7 @@ from concurrent.futures import CancelledError
 from contextlib import ExitStack, contextmanager, suppress
 from typing import Any
 from urllib.parse import urlsplit
+from weakref import WeakKeyDictionary
 
 from distributed import Client
 
@@ -35,6 +36,9 @@ WORKER_SECONDS = 300
 """How long a cluster without workers is waited for, at the start of a job or after it has lost the last one."""
 CLOSE_SECONDS = 60
 MOMENT_SECONDS = 5.0
+
+_worker_seconds: WeakKeyDictionary[Client, float] = WeakKeyDictionary()
+"""The same for clusters of a description, which says it."""
 
 
 @contextmanager
@@ -64,6 +68,8 @@ def dask_client(
         if spec is not None:
             address = stack.enter_context(started_cluster(spec, device))
             connected = stack.enter_context(_closing(_connect(address)))
+            if scheduler is not None:
+                _worker_seconds[connected] = spec.first_worker_seconds
             wait_for_a_worker(connected, spec.first_worker_seconds)
         elif str(scheduler).endswith(".json"):
             connected = stack.enter_context(_closing(_connect_by_file(str(scheduler))))
@@ -233,7 +239,7 @@ def threads_by_worker(client: Client) -> Mapping[str, int]:
     try:
         threads = client.nthreads()
         if not threads:
-            wait_for_a_worker(client, WORKER_SECONDS)
+            wait_for_a_worker(client, _worker_seconds.get(client, WORKER_SECONDS))
             threads = client.nthreads()
     except (OSError, CancelledError) as error:
         raise lost_scheduler(client) from error

@@ -20,7 +20,7 @@ from test_score_job import tables
 import toy_models
 from dynams_stream import ScorerSpec, Store
 from dynams_stream.errors import MissingExtraError, ScoringError, UsageError
-from pipeline.cluster import dask_client, job_script
+from pipeline.cluster import dask_client, job_script, worker_threads
 from pipeline.cluster_spec import ClusterSpec, SlurmOptions, read_cluster_spec
 from pipeline.remote_cluster import dask_cluster_manifest, slurm_arguments
 from pipeline.score_job import score_round
@@ -104,11 +104,15 @@ def test_a_missing_package_is_named_with_its_extra(tmp_path: Path, package: str,
 
 
 def test_a_local_cluster_from_a_description(tmp_path: Path) -> None:
-    path = written(tmp_path, 'kind = "local"\nworkers = 2\n[local]\ncores = 1\nmemory_limit = "900MB"')
+    about = 'kind = "local"\nworkers = 2\nfirst_worker_seconds = 1.5\n'
+    path = written(tmp_path, about + '[local]\ncores = 1\nmemory_limit = "900MB"')
     with dask_client(scheduler=path) as client:
         workers = client.scheduler_info(n_workers=-1)["workers"].values()
         assert [(one["nthreads"], one["memory_limit"]) for one in workers] == [(1, 900_000_000)] * 2
         assert set(client.run(os.getenv, "DYNAMS_CORES").values()) == {"1"}
+        client.retire_workers()
+        with pytest.raises(ScoringError, match=r"has no workers after 1\.5 s"):  # as long as for the first one
+            worker_threads(client)
     assert job_script(path) is None
 
 
