@@ -109,8 +109,9 @@ class ScorerSpec:
             device: what the precision "auto" is settled by.
 
         Raises:
-            UsageError: when the input is neither given nor recognised.
+            UsageError: when the input is neither given nor recognised, or there is no such device.
         """
+        require_device(device)
         settled = self
         if settled.input is None:
             found = [ext for ext in extensions if ext in IMAGE_EXTENSIONS]
@@ -135,6 +136,17 @@ class ScorerSpec:
             del fields["least_side"]
         fields["model_args"] = dict(sorted(self.model_args.items()))
         return {**fields, "scores_version": SCORES_VERSION}
+
+
+def require_device(device: str) -> str:
+    """The device as it is given.
+
+    Raises:
+        UsageError: it is none that is scored on.
+    """
+    if re.fullmatch(r"cpu|cuda(:[0-9]{1,3})?|mps", device) is None:
+        raise UsageError(f"the device is cpu, cuda, one GPU as cuda:0, or mps; got {device!r}")
+    return device
 
 
 def load_callable(name: str, what: str) -> Callable[..., Any]:

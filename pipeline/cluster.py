@@ -53,7 +53,7 @@ def dask_client(
             of its scheduler file (`.json`); the path of a cluster's description (`.toml`, see `pipeline.cluster_spec`),
             which is started; None starts a local cluster.
         workers: processes of a local cluster; by default one per core, or one per GPU for `device="cuda"`.
-        device: "cpu" or "cuda".
+        device: "cpu", "cuda" or one GPU, "cuda:0".
 
     Raises:
         UsageError: when the scheduler cannot be reached, or the description is wrong.
@@ -92,7 +92,7 @@ def _spec_to_start(scheduler: str | None, workers: int | None, device: str) -> C
     if is_running(scheduler):
         return None
     spec = read_cluster_spec(scheduler)
-    if spec.kind == "cuda" and not device.startswith("cuda"):
+    if spec.kind == "cuda" and device != "cuda":
         raise UsageError(
             f"{scheduler}: kind 'cuda' starts a worker for each GPU; the device must be cuda, not {device}"
         )

@@ -121,7 +121,7 @@ def test_a_job_books_its_cores_for_one_part_at_a_time() -> None:
         SlurmOptions(cores=9, memory="8GB", processes=2, job_script_prologue=("module load x",))
     )
     assert (arguments["cores"], arguments["processes"], arguments["job_cpu"]) == (2, 2, 9)
-    assert arguments["job_script_prologue"][0] == "export DYNAMS_CORES=4"
+    assert arguments["job_script_prologue"][:2] == ["export DYNAMS_CORES=4", "export DYNAMS_SHARED_GPUS=1"]
     assert arguments["job_script_prologue"][-1] == "module load x"
     assert "queue" not in arguments
 
@@ -151,7 +151,7 @@ def test_a_dry_run_shows_the_job_script(digit_store: Store, tmp_path: Path, slur
         assert f"#SBATCH {line}" in lines
     worker = next(place for place, line in enumerate(lines) if " -m distributed.cli.dask_worker " in line)
     assert "--nthreads 1" in lines[worker]
-    assert {"export DYNAMS_CORES=2", "module load python"} <= set(lines[:worker])
+    assert {"export DYNAMS_CORES=2", "export DYNAMS_SHARED_GPUS=0", "module load python"} <= set(lines[:worker])
     assert not slurm.submitted
 
 
