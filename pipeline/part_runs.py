@@ -181,11 +181,7 @@ class PartRuns:
 
     def _require_all(self, unread: Sequence[tuple[PartTask, Unread]]) -> None:
         """Fail the job when parts are missing; names them, and who could not read them."""
-        reasons = [
-            f"part {task.part.number}: {found.error} ({', '.join(dict.fromkeys(self._places[str(found.error.shard)]))})"
-            for task, found in unread
-        ]
-        reasons += self._lost
+        reasons = [self._reason(task, found) for task, found in unread] + self._lost
         if not reasons:
             return
         shown = "\n  ".join(reasons[:_MOST_NAMED])
@@ -194,6 +190,10 @@ class PartRuns:
             f"{len(reasons)} of {len(self._tasks)} parts could not be scored{may}:\n  {shown}\n"
             f"the others are done and kept; mend these and run the same command again"
         )
+
+    def _reason(self, task: PartTask, unread: Unread) -> str:
+        places = dict.fromkeys(self._places[str(unread.error.shard)])
+        return f"part {task.part.number}: {unread.error}; it was tried by {', '.join(places)}"
 
     # ---- SIGTERM -----------------------------------------------------------------------------------------------------
 
