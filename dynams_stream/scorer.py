@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib
 import json
 import logging
+import re
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -34,6 +35,27 @@ PRECISIONS = ("auto", "float32", "bfloat16")
 
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp", "bmp", "ppm", "pgm", "tif", "tiff", "gif")
 LABEL_EXTENSIONS = ("cls",)
+
+_INTEGER = re.compile(r"[+-]?[0-9]{1,100}")  # Python's int takes 1_0, other scripts' digits, and numbers without end
+_SHOWN = 100
+"""Characters of a label that an error shows."""
+_OUT_OF_MEMORY = (
+    "can't allocate memory",  # DefaultCPUAllocator
+    "not enough memory",  # the same on Windows
+    "CUBLAS_STATUS_ALLOC_FAILED",
+    "CUDNN_STATUS_ALLOC_FAILED",
+    "CUDNN_STATUS_INTERNAL_ERROR_HOST_ALLOCATION_FAILED",
+    "CUDNN_STATUS_INTERNAL_ERROR_DEVICE_ALLOCATION_FAILED",
+)
+_DEVICE_FAILED = (
+    "CUDA error",
+    "HIP error",
+    "cuDNN error",
+    "CUBLAS_STATUS",
+    "CUDNN_STATUS",
+    "CUSOLVER_STATUS",
+    "NCCL error",
+)
 
 
 @dataclass(frozen=True)
@@ -87,8 +109,9 @@ class ScorerSpec:
             device: what the precision "auto" is settled by.
 
         Raises:
-            UsageError: when the input is neither given nor recognised.
+            UsageError: when the input is neither given nor recognised, or there is no such device.
         """
+        require_device(device)
         settled = self
         if settled.input is None:
             found = [ext for ext in extensions if ext in IMAGE_EXTENSIONS]
@@ -113,6 +136,17 @@ class ScorerSpec:
             del fields["least_side"]
         fields["model_args"] = dict(sorted(self.model_args.items()))
         return {**fields, "scores_version": SCORES_VERSION}
+
+
+def require_device(device: str) -> str:
+    """The device as it is given.
+
+    Raises:
+        UsageError: it is none that is scored on.
+    """
+    if re.fullmatch(r"cpu|cuda(:[0-9]{1,3})?|mps", device) is None:
+        raise UsageError(f"the device is cpu, cuda, one GPU as cuda:0, or mps; got {device!r}")
+    return device
 
 
 def load_callable(name: str, what: str) -> Callable[..., Any]:
@@ -194,6 +228,7 @@ class Scorer:
         Raises:
             SampleError: says what about the sample cannot be used.
             UsageError: for labels that are not one integer per sample.
+            MemoryError, RuntimeError: out of memory.
         """
         return self._input(members), self._label(members)
 
@@ -207,6 +242,8 @@ class Scorer:
             with open_image(data, self.spec.least_side) as image:
                 tensor = self.transform(image)
         except Exception as error:  # decoders and users' transforms raise anything; the error names it
+            if out_of_memory(error):  # with more memory the sample would have scores
+                raise
             raise SampleError(f"cannot decode: {type(error).__name__}: {error}") from error
         if not isinstance(tensor, Tensor):
             raise UsageError(f"--transform {self.spec.transform!r} returned a {type(tensor).__name__}, not a tensor")
@@ -220,7 +257,7 @@ class Scorer:
             return _integer(data.decode("ascii", "replace").strip())
         try:
             value = json.loads(data)[self.label_field]
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise SampleError(f"label {self.spec.label!r}: {type(error).__name__}: {error}") from error
         if value is None:
             return -1
@@ -251,7 +288,7 @@ class Scorer:
 
         Raises:
             HeadError: when the head's outputs are not one row of logits per sample.
-            torch.OutOfMemoryError: for a single sample.
+            RuntimeError: of the model; one that `out_of_memory` knows only for a single sample.
         """
         # A Dask worker with several threads shares one scorer; the head's features pass through one slot of it.
         with self._one_at_a_time, torch.inference_mode():
@@ -260,9 +297,9 @@ class Scorer:
                 try:
                     pieces = map(self._score, torch.split(inputs, most), torch.split(labels, most))
                     return join_scores(list(pieces))
-                except torch.OutOfMemoryError:
+                except RuntimeError as error:
                     most = min(most, len(inputs))
-                    if most == 1:
+                    if most == 1 or not out_of_memory(error):
                         raise
                     self._most_samples = most // 2
                     logger.warning(f"{self.device}: too little memory for {most} samples at once, going on with half")
@@ -283,11 +320,23 @@ class Scorer:
         return int(self._features.head()[0].shape[0])
 
 
+def out_of_memory(error: Exception) -> bool:
+    """Whether memory was too little. Of torch's allocators only CUDA's has a type of error for that."""
+    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or any(
+        sign in str(error) for sign in _OUT_OF_MEMORY
+    )
+
+
+def device_failed(error: Exception) -> bool:
+    """Whether a GPU failed, rather than the model on its inputs; whatever follows on that GPU fails, too."""
+    return any(sign in str(error) for sign in _DEVICE_FAILED)
+
+
 def _integer(value: Any) -> int:
-    try:
-        label = int(value)
-    except (TypeError, ValueError) as error:
-        raise SampleError(f"label {value!r} is not an integer") from error
+    text = str(value).strip()
+    if _INTEGER.fullmatch(text) is None:
+        raise SampleError(f"label {text[:_SHOWN]!r} is not an integer")
+    label = int(text)
     if label < 0:
         raise SampleError(f"label {label} is negative")
     return label

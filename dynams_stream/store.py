@@ -66,12 +66,19 @@ class Store:
         """Where to read the shard that was indexed as `url`."""
         return url if self.shards_at is None else storage.join(self.shards_at, url.rsplit("/", 1)[-1])
 
-    def open_shard(self, url: str, fingerprint: str) -> storage.LocalReader | storage.RemoteReader:
+    def open_shard(
+        self,
+        url: str,
+        fingerprint: str,
+        *,
+        open_reader: Callable[[str], storage.LocalReader | storage.RemoteReader] = storage.open_reader,
+    ) -> storage.LocalReader | storage.RemoteReader:
         """Open a shard and make sure that it holds the bytes that were indexed.
 
         Args:
             url: the shard's URL as it was indexed.
             fingerprint: what identified it then.
+            open_reader: opens it where it lies now.
 
         Raises:
             ShardMissingError: when it is not there.
@@ -79,7 +86,7 @@ class Store:
             ShardUnreadableError: when it may not be read.
         """
         place = self.shard_url(url)
-        reader = storage.open_reader(place)
+        reader = open_reader(place)
         found = storage.fingerprint(reader)
         if not storage.same_bytes(fingerprint, found, moved=self.shards_at is not None):
             reader.close()

@@ -14,11 +14,12 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from concurrent.futures import CancelledError
 from contextlib import ExitStack, contextmanager, suppress
 from typing import Any
 from urllib.parse import urlsplit
+from weakref import WeakKeyDictionary
 
 from distributed import Client
 
@@ -36,6 +37,9 @@ WORKER_SECONDS = 300
 CLOSE_SECONDS = 60
 MOMENT_SECONDS = 5.0
 
+_worker_seconds: WeakKeyDictionary[Client, float] = WeakKeyDictionary()
+"""The same for clusters of a description, which says it."""
+
 
 @contextmanager
 def dask_client(
@@ -49,7 +53,7 @@ def dask_client(
             of its scheduler file (`.json`); the path of a cluster's description (`.toml`, see `pipeline.cluster_spec`),
             which is started; None starts a local cluster.
         workers: processes of a local cluster; by default one per core, or one per GPU for `device="cuda"`.
-        device: "cpu" or "cuda".
+        device: "cpu", "cuda" or one GPU, "cuda:0".
 
     Raises:
         UsageError: when the address or the description is wrong, or the scheduler file is none.
@@ -64,6 +68,8 @@ def dask_client(
         if spec is not None:
             address = stack.enter_context(started_cluster(spec, device))
             connected = stack.enter_context(_closing(_connect(address)))
+            if scheduler is not None:
+                _worker_seconds[connected] = spec.first_worker_seconds
             wait_for_a_worker(connected, spec.first_worker_seconds)
         elif str(scheduler).endswith(".json"):
             connected = stack.enter_context(_closing(_connect_by_file(str(scheduler))))
@@ -86,7 +92,7 @@ def _spec_to_start(scheduler: str | None, workers: int | None, device: str) -> C
     if is_running(scheduler):
         return None
     spec = read_cluster_spec(scheduler)
-    if spec.kind == "cuda" and not device.startswith("cuda"):
+    if spec.kind == "cuda" and device != "cuda":
         raise UsageError(
             f"{scheduler}: kind 'cuda' starts a worker for each GPU; the device must be cuda, not {device}"
         )
@@ -230,20 +236,29 @@ def wait_for_a_worker(client: Client, seconds: float) -> None:
     )
 
 
+def threads_by_worker(client: Client) -> Mapping[str, int]:
+    """How many tasks each worker runs at once, by its address; waits for a worker where there is none.
+
+    Raises:
+        ScoringError: when it has no worker and none arrives, or its scheduler is gone.
+    """
+    try:
+        threads = client.nthreads()
+        if not threads:
+            wait_for_a_worker(client, _worker_seconds.get(client, WORKER_SECONDS))
+            threads = client.nthreads()
+    except (OSError, CancelledError) as error:
+        raise lost_scheduler(client) from error
+    return threads  # type: ignore[no-any-return]
+
+
 def worker_threads(client: Client) -> int:
     """How many tasks the cluster runs at once now.
 
     Raises:
         ScoringError: when it has no worker and none arrives, or its scheduler is gone.
     """
-    try:
-        threads = sum(client.nthreads().values())
-        if not threads:
-            wait_for_a_worker(client, WORKER_SECONDS)
-            threads = sum(client.nthreads().values())
-    except (OSError, CancelledError) as error:
-        raise lost_scheduler(client) from error
-    return threads
+    return sum(threads_by_worker(client).values())
 
 
 def lost_scheduler(client: Client) -> ScoringError:

@@ -112,7 +112,8 @@ class ClusterSpec(_Strict):
     Attributes:
         kind: what starts it.
         workers: how many worker processes; on this machine by default one for each core or GPU.
-        first_worker_seconds: how long to wait for the first one. The others may come later.
+        first_worker_seconds: how long to wait for the first one, and for another when all have gone. The others may
+            come later.
         local, cuda, slurm, kubernetes: the options of the kind.
     """
 

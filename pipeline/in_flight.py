@@ -6,7 +6,7 @@ held; and a worker that joins late would find nothing left to do.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from concurrent.futures import CancelledError
 from contextlib import suppress
 from itertools import islice
@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 
 from distributed import Client, Future, wait
 
-from pipeline.cluster import lost_scheduler, worker_threads
+from pipeline.cluster import lost_scheduler, threads_by_worker, worker_threads
 
 Task = TypeVar("Task")
 
@@ -23,7 +23,12 @@ LOOK_SECONDS = 2.0
 
 
 def in_flight(
-    client: Client, tasks: Iterator[Task], submit: Callable[[Task], Future], *, most: int | None = None
+    client: Client,
+    tasks: Iterator[Task],
+    submit: Callable[[Task], Future],
+    *,
+    most: int | None = None,
+    stranded: Callable[[Future, Collection[str]], bool] = lambda future, addresses: False,
 ) -> Iterator[tuple[Task, Future]]:
     """Every task with its future, as soon as that is finished, failed or cancelled.
 
@@ -32,13 +37,17 @@ def in_flight(
         tasks: what is to be done, taken as workers become free.
         submit: gives a task to the cluster.
         most: no more than so many at once.
+        stranded: told the addresses of the workers that are there, whether a task waits for others; it is submitted
+            again then.
 
     Raises:
         ScoringError: the cluster has no workers any more.
     """
     running: dict[Future, Task] = {}
     while True:
-        threads = worker_threads(client)
+        workers = threads_by_worker(client)
+        running = {submit(task) if stranded(future, workers) else future: task for future, task in running.items()}
+        threads = sum(workers.values())
         free = (threads if most is None else min(threads, most)) - len(running)  # below 0 where workers went
         running |= {submit(task): task for task in islice(tasks, max(0, free))}
         if not running:

@@ -10,7 +10,7 @@ import dask
 import torch
 from distributed import LocalCluster
 
-from dynams_stream.errors import MissingExtraError
+from dynams_stream.errors import MissingExtraError, UsageError
 from pipeline.cluster_spec import ClusterSpec, CudaOptions, LocalOptions
 from pipeline.cores import available_cores
 
@@ -27,10 +27,14 @@ WORKER_SETTINGS = {
 
 
 def start_local(spec: ClusterSpec, device: str) -> LocalCluster:
-    """Workers of one Dask thread each; the machine's cores, and its GPUs for `device="cuda"`, are shared among them."""
+    """Workers of one Dask thread each; the machine's cores, and its GPUs for `device="cuda"`, are shared among them.
+
+    Raises:
+        UsageError: the machine has no such GPU.
+    """
     options = spec.local or LocalOptions()
     cores = min(options.cores or available_cores(), available_cores())
-    gpus = torch.cuda.device_count() if device.startswith("cuda") else 0
+    gpus = gpus_to_use(device, torch.cuda.device_count())
     workers = spec.workers or gpus or cores
     dask.config.set(WORKER_SETTINGS)
     return LocalCluster(
@@ -41,6 +45,21 @@ def start_local(spec: ClusterSpec, device: str) -> LocalCluster:
         env={"DYNAMS_CORES": str(max(1, cores // workers)), "DYNAMS_SHARED_GPUS": "1"},
         **_given(options, "memory_limit", "local_directory"),
     )
+
+
+def gpus_to_use(device: str, there: int) -> int:
+    """How many of a machine's GPUs a device means: all for "cuda", one for "cuda:1".
+
+    Raises:
+        UsageError: there are not so many.
+    """
+    if not device.startswith("cuda"):
+        return 0
+    number = device.partition(":")[2]
+    if there <= int(number or 0):
+        shown = f"{there} GPUs, cuda:0 … cuda:{there - 1}" if there else "no GPU"
+        raise UsageError(f"--device {device}: PyTorch finds {shown} on this machine; see nvidia-smi")
+    return 1 if number else there
 
 
 def start_cuda(spec: ClusterSpec) -> LocalCluster:

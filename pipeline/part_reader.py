@@ -15,12 +15,13 @@ from torch import Tensor
 
 from dynams_stream import storage
 from dynams_stream.dataset import Part
-from dynams_stream.errors import DynamsError, SampleError, ShardError, ShardUnreadableError, UsageError
+from dynams_stream.errors import DynamsError, SampleError, ScoringError, ShardError, ShardUnreadableError, UsageError
 from dynams_stream.index import ShardIndex, read_part_index
 from dynams_stream.ordered_map import ordered_thread_map
 from dynams_stream.scorer import Scorer
 from dynams_stream.store import Store
 from pipeline.receipt import Clock
+from pipeline.remote_reader import open_reader
 from pipeline.score_table import Batch
 
 READ_BYTES = 8 << 20
@@ -91,9 +92,9 @@ def part_batches(
 
 
 def open_indexed(store: Store, url: str, fingerprint: str) -> storage.Reader:
-    """As `Store.open_shard`; whatever keeps the shard from being read is a ShardError that has its URL."""
+    """As `remote_reader.open_reader`; whatever keeps the shard from being read is a ShardError that has its URL."""
     with _named(url):
-        return store.open_shard(url, fingerprint)
+        return open_reader(store, url, fingerprint)
 
 
 def require_unchanged(
@@ -150,11 +151,8 @@ class Decoder:
                     batch.shards.append(piece.shard)
                     batch.rows.append(row)
                     batch.keys.append(piece.index.keys[row].as_py())
-                    try:
+                    with _of_sample(f"shard {piece.shard}, row {row}, key {batch.keys[-1]!r}"):
                         inputs.append(self._decode(batch, members))
-                    except UsageError as error:
-                        where = f"shard {piece.shard}, row {row}, key {batch.keys[-1]!r}"
-                        raise UsageError(f"{where}: {error}") from error
         with self._clock.timed("decode"):
             batch.inputs = self._stacked(inputs)
         return batch
@@ -185,6 +183,20 @@ class Decoder:
         batch.labels.append(label)
         batch.errors.append(reason)
         return tensor
+
+
+@contextmanager
+def _of_sample(where: str) -> Iterator[None]:
+    """Name the sample in errors that are not its own, but end the job."""
+    try:
+        yield
+    except UsageError as error:
+        raise UsageError(f"{where}: {error}") from error
+    except (MemoryError, RuntimeError) as error:
+        raise ScoringError(
+            f"{where}: too little memory to decode it ({type(error).__name__}: {error}); give the workers more memory, "
+            f"or start fewer of them"
+        ) from error
 
 
 def _leave_out(batch: Batch, piece: ShardRows) -> list[None]:

@@ -44,10 +44,15 @@ def slurm_arguments(options: SlurmOptions) -> dict[str, Any]:
     """What `SLURMCluster` is called with.
 
     Dask's `cores` are threads: one for each process, which scores one part at a time and uses all of its CPU cores for
-    it. The CPU cores that a job books are `job_cpu`.
+    it. The CPU cores that a job books are `job_cpu`. The processes of a job share the GPUs that it sees; a job of one
+    process has them for itself, so that seeing other jobs' is an error.
     """
     given = {name: list(value) if isinstance(value, tuple) else value for name, value in options if value}
-    exported = {"DYNAMS_CORES": str(max(1, options.cores // options.processes)), **WORKER_ENVIRONMENT}
+    exported = {
+        "DYNAMS_CORES": str(max(1, options.cores // options.processes)),
+        "DYNAMS_SHARED_GPUS": str(int(options.processes > 1)),
+        **WORKER_ENVIRONMENT,
+    }
     return given | {
         "cores": options.processes,
         "job_cpu": options.cores,

@@ -35,6 +35,9 @@ from pipeline.score_part import PartTask
 
 Progress = Callable[["ScoreProgress"], None]
 
+HOPELESS_SAMPLES = 1000
+"""A part that begins with so many failures and no score ends the job, where no number of failures was allowed."""
+
 
 @dataclass(frozen=True)
 class ScoreProgress:
@@ -163,7 +166,8 @@ def score_round(
             "epoch": epoch if epoch is not None else checkpoint_epoch(checkpoint),
             "started": datetime.now(UTC).isoformat(timespec="seconds"),
         }
-        pending = _part_tasks(store, plan, number, checkpoint, provenance, device)
+        hopeless = limit if max_errors is not None else min(limit, HOPELESS_SAMPLES)
+        pending = _part_tasks(store, plan, number, checkpoint, provenance, device, give_up_after=hopeless)
         if pending:
             local_workers = workers if workers is not None or device != "cpu" else min(available_cores(), len(pending))
             with (
@@ -233,7 +237,13 @@ def first_extensions(store: Store, dataset: Dataset) -> tuple[str, ...]:
 
 
 def _part_tasks(
-    store: Store, plan: ScorePlan, number: int, checkpoint: str, provenance: Mapping[str, Any], device: str
+    store: Store,
+    plan: ScorePlan,
+    number: int,
+    checkpoint: str,
+    provenance: Mapping[str, Any],
+    device: str,
+    give_up_after: int | None = None,
 ) -> list[PartTask]:
     """The tasks of the parts that are missing."""
     identity = json.dumps(plan.identity, sort_keys=True)
@@ -254,6 +264,7 @@ def _part_tasks(
             identity=identity,
             provenance=provenance,
             device=device,
+            give_up_after=give_up_after,
         )
         for part, own in zip(plan.pending, shards, strict=True)
     ]

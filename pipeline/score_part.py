@@ -46,6 +46,7 @@ class PartTask:
         provenance: what it records besides.
         device: "cpu" or "cuda".
         bad_shards: shards of the part to leave out; their samples get lines without scores.
+        give_up_after: failed samples after which a part is given up that has no score yet; None for never.
     """
 
     store: Store
@@ -60,6 +61,7 @@ class PartTask:
     provenance: Mapping[str, Any]
     device: str
     bad_shards: tuple[BadShard, ...] = ()
+    give_up_after: int | None = None
 
 
 def score_part(task: PartTask) -> Receipt:
@@ -69,7 +71,7 @@ def score_part(task: PartTask) -> Receipt:
         ShardError: when a shard is missing or not the one that was indexed; its `shard` is the URL that was indexed.
         ModelError: when the network cannot be built or run.
         CheckpointError: when the checkpoint was replaced.
-        ScoringError: when lines and samples do not add up.
+        ScoringError: when lines and samples do not add up, or nothing but failures is seen.
         StoreFullError: when there is no room for the table.
     """
     scorer = worker_scorer(task.spec, task.checkpoint, task.checkpoint_sha256, task.device)
@@ -77,6 +79,7 @@ def score_part(task: PartTask) -> Receipt:
     try:
         for batch, columns in scored_batches(scorer, _decoded(task, scorer, clock), clock):
             table.add(batch, columns)
+            _require_hope(task, table)
     except ShardError:
         raise
     except DynamsError:
@@ -92,6 +95,17 @@ def _decoded(task: PartTask, scorer: Scorer, clock: Clock) -> Iterable[Batch]:
     # torch's own threads, which a thread sets for itself, are for the forward pass: transforms run in several already
     decode = ordered_thread_map(_decode_threads(), initializer=partial(torch.set_num_threads, 1))
     return decode(Decoder(scorer, clock), batches)
+
+
+def _require_hope(task: PartTask, table: ScoreTable) -> None:
+    """Give up where a transform or a model fits no sample: to read a large part to its end would only tell it later."""
+    failed = table.failed - table.unread
+    if task.give_up_after is not None and table.failed == table.lines and failed > task.give_up_after:
+        shown = "\n  ".join(table.errors)
+        raise ScoringError(
+            f"part {task.part.number}: the first {failed} samples failed, all of them; see that --transform gives what "
+            f"the model takes, or allow more with --max-errors:\n  {shown}"
+        )
 
 
 def _require_unchanged(task: PartTask) -> None:

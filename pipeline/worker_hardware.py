@@ -85,8 +85,12 @@ def own_gpu(name: object, gpus: int, environment: Mapping[str, str]) -> int:
     | started by | the worker sees | its own |
     |---|---|---|
     | SLURM with `--gres=gpu:1`, a pod | one | that one |
+    | SLURM, several `processes` in a job | the job's | by its number: 3, SLURMCluster-0-3 |
     | dask-cuda, `CUDA_VISIBLE_DEVICES=3 dask worker` | the ones that CUDA_VISIBLE_DEVICES names | the first of them |
     | our local cluster, `dask worker --nworkers 8 --name gpu` | the whole machine's | by its number: 3, gpu-3 |
+
+    DYNAMS_SHARED_GPUS says what the two that we start know: 1, the numbers are those of the workers that share the
+    GPUs; 0, they are not, as workers of other jobs have the same ones.
 
     Args:
         name: the worker's name.
@@ -96,12 +100,14 @@ def own_gpu(name: object, gpus: int, environment: Mapping[str, str]) -> int:
     Raises:
         ScoringError: none of these: all workers of a machine would take the same GPU.
     """
-    if gpus <= 1 or ("CUDA_VISIBLE_DEVICES" in environment and "DYNAMS_SHARED_GPUS" not in environment):
+    shared = environment.get("DYNAMS_SHARED_GPUS", "")
+    if gpus <= 1 or ("CUDA_VISIBLE_DEVICES" in environment and shared != "1"):
         return 0
     number = re.fullmatch(r"(?:.*-)?(\d+)", str(name))
-    if number is None:
+    if number is None or shared == "0":
         raise ScoringError(
             f"worker {name!r} sees {gpus} GPUs, and nothing tells which one is its own: start it by dask cuda worker, "
-            f"with CUDA_VISIBLE_DEVICES, or with a number at the end of its name (--name gpu-0)"
+            f"with CUDA_VISIBLE_DEVICES (SLURM sets it for --gres=gpu:1), or with a number at the end of its name "
+            f"(--name gpu-0)"
         )
     return int(number[1]) % gpus

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import socket
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -22,6 +24,7 @@ from dynams_stream.errors import ScoresIncompleteError, ScoringError, StoreBusyE
 from pipeline import part_runs, select_job
 from pipeline.index_job import build_index
 from pipeline.lease import store_lease
+from pipeline.other_workers import Worker, workers_of
 from pipeline.pending import finished_parts
 from pipeline.receipt import BadShard
 from pipeline.rounds import make_round
@@ -264,6 +267,58 @@ def test_a_shard_that_can_be_read_again_is_no_bad_shard(
     made = score_round(store, SPEC, checkpoint=checkpoint, client=client)
     assert (pauses, made.bad_shards) == ([part_runs.RETRY_SECONDS], ())
     assert tables(store, 1).equals(undisturbed)
+
+
+@pytest.fixture
+def half_blind(client: Client, shards: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Store]:
+    """Shards below a path that one worker lacks: what /proc/self/cwd leads to is each process's own."""
+    homes = client.run(os.getcwd)
+    blind, seeing = (worker.address for worker in sorted(workers_of(client)))
+    monkeypatch.chdir(tmp_path)
+    client.run(os.chdir, str(tmp_path), workers=[seeing])
+    client.run(os.chdir, str(tmp_path / "shards"), workers=[blind])
+    store = Store(tmp_path / "store")
+    build_index(store, [f"/proc/self/cwd/shards/{shard.name}" for shard in shards])
+    yield store
+    for worker, home in homes.items():
+        client.run(os.chdir, home, workers=[worker])
+
+
+@pytest.mark.skipif(not Path("/proc/self/cwd").exists(), reason="needs Linux")
+def test_a_worker_that_sees_no_shards_makes_none_bad_and_is_named(
+    half_blind: Store,
+    shards: list[Path],
+    undisturbed: pa.Table,
+    checkpoint: str,
+    client: Client,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    shards[4].rename(shards[4].with_suffix(".away"))
+    made = score_round(half_blind, SPEC, checkpoint=checkpoint, client=client, max_bad_shards=48)
+    assert [bad.shard for bad in made.bad_shards] == [4]
+    assert of_shards(tables(half_blind, 1), (4,), keep=False).equals(of_shards(undisturbed, (4,), keep=False))
+    assert f"worker 0 on {socket.gethostname()}: /proc/self/cwd/shards/train-" in caplog.text
+    with pytest.raises(ScoringError, match=r"1 of 1 parts could not be scored") as told:
+        score_round(half_blind, SPEC, checkpoint=checkpoint, client=client)
+    assert "train-000004.tar: no such file or object" in str(told.value)
+    assert f"worker 1 on {socket.gethostname()}" in str(told.value).splitlines()[1]
+
+
+def test_a_part_does_not_wait_for_workers_that_went_away(
+    store: Store,
+    shards: list[Path],
+    undisturbed: pa.Table,
+    checkpoint: str,
+    client: Client,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    shards[7].rename(shards[7].with_suffix(".away"))
+    looks = iter([[Worker("gone", "tcp://127.0.0.1:9")]])  # it was there when the second try was submitted
+    monkeypatch.setattr(part_runs, "workers_of", lambda client: next(looks, None) or workers_of(client))
+    made = score_round(store, SPEC, checkpoint=checkpoint, client=client, max_bad_shards=1)
+    assert [bad.shard for bad in made.bad_shards] == [7]
+    assert of_shards(tables(store, 1), (7,), keep=False).equals(of_shards(undisturbed, (7,), keep=False))
+    assert next(looks, None) is None
 
 
 def test_a_shard_written_over_in_the_middle_of_its_part_gives_no_scores(

@@ -20,7 +20,7 @@ from test_score_job import tables
 import toy_models
 from dynams_stream import ScorerSpec, Store
 from dynams_stream.errors import MissingExtraError, ScoringError, UsageError
-from pipeline.cluster import dask_client, job_script
+from pipeline.cluster import dask_client, job_script, worker_threads
 from pipeline.cluster_spec import ClusterSpec, SlurmOptions, read_cluster_spec
 from pipeline.remote_cluster import dask_cluster_manifest, slurm_arguments
 from pipeline.score_job import score_round
@@ -104,11 +104,15 @@ def test_a_missing_package_is_named_with_its_extra(tmp_path: Path, package: str,
 
 
 def test_a_local_cluster_from_a_description(tmp_path: Path) -> None:
-    path = written(tmp_path, 'kind = "local"\nworkers = 2\n[local]\ncores = 1\nmemory_limit = "900MB"')
+    about = 'kind = "local"\nworkers = 2\nfirst_worker_seconds = 1.5\n'
+    path = written(tmp_path, about + '[local]\ncores = 1\nmemory_limit = "900MB"')
     with dask_client(scheduler=path) as client:
         workers = client.scheduler_info(n_workers=-1)["workers"].values()
         assert [(one["nthreads"], one["memory_limit"]) for one in workers] == [(1, 900_000_000)] * 2
         assert set(client.run(os.getenv, "DYNAMS_CORES").values()) == {"1"}
+        client.retire_workers()
+        with pytest.raises(ScoringError, match=r"has no workers after 1\.5 s"):  # as long as for the first one
+            worker_threads(client)
     assert job_script(path) is None
 
 
@@ -117,7 +121,7 @@ def test_a_job_books_its_cores_for_one_part_at_a_time() -> None:
         SlurmOptions(cores=9, memory="8GB", processes=2, job_script_prologue=("module load x",))
     )
     assert (arguments["cores"], arguments["processes"], arguments["job_cpu"]) == (2, 2, 9)
-    assert arguments["job_script_prologue"][0] == "export DYNAMS_CORES=4"
+    assert arguments["job_script_prologue"][:2] == ["export DYNAMS_CORES=4", "export DYNAMS_SHARED_GPUS=1"]
     assert arguments["job_script_prologue"][-1] == "module load x"
     assert "queue" not in arguments
 
@@ -147,7 +151,7 @@ def test_a_dry_run_shows_the_job_script(digit_store: Store, tmp_path: Path, slur
         assert f"#SBATCH {line}" in lines
     worker = next(place for place, line in enumerate(lines) if " -m distributed.cli.dask_worker " in line)
     assert "--nthreads 1" in lines[worker]
-    assert {"export DYNAMS_CORES=2", "module load python"} <= set(lines[:worker])
+    assert {"export DYNAMS_CORES=2", "export DYNAMS_SHARED_GPUS=0", "module load python"} <= set(lines[:worker])
     assert not slurm.submitted
 
 

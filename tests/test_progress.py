@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
-import pytest
+import io
 
-from tools.progress import line_reporter
+import pytest
+from rich.console import Console
+from rich.progress import Progress
+
+from tools.progress import _columns, line_reporter
 
 
 def lines(capsys: pytest.CaptureFixture[str], *reports: tuple[float, dict[str, object]]) -> list[str]:
@@ -33,3 +37,17 @@ def test_work_of_an_earlier_run_is_no_speed_of_this_one(capsys: pytest.CaptureFi
 
 def test_nothing_done_yet_has_no_end_in_sight(capsys: pytest.CaptureFixture[str]) -> None:
     assert lines(capsys, (31.0, {"done": 5, "total": 7, "resumed": 5})) == ["score: 5 of 7 samples, 0/s"]
+
+
+@pytest.mark.parametrize("seconds", [5, 40, 3600])
+def test_a_bar_tells_how_long_it_takes_however_long_one_part_does(seconds: int) -> None:
+    now = 0.0
+    console = Console(file=io.StringIO(), force_terminal=True, width=120)
+    bar = Progress(*_columns("score", "samples"), console=console, get_time=lambda: now, auto_refresh=False)
+    task = bar.add_task("score", total=None, note="", resumed=0)
+
+    assert "-:--:--" in bar.columns[5].render(bar.tasks[0])
+    for part in range(1, 4):
+        now = float(part * seconds)
+        bar.update(task, completed=1000 + 10 * part, total=1040, resumed=1000)
+    assert str(bar.columns[5].render(bar.tasks[0])) == {5: "0:00:05", 40: "0:00:40", 3600: "1:00:00"}[seconds]

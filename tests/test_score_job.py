@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -199,24 +200,43 @@ def test_failed_samples_keep_their_line(
     samples[11]["cls"] = b"12"
     del samples[20]["png"]
     del samples[30]["cls"]
+    samples[40]["png"] = png(4, 4)  # the model takes 8 · 8 pixels
     store = Store(tmp_path / "store")
     build_index(store, write_shards(samples, tmp_path / "shards", prefix="train", samples_per_shard=64))
     result = score_round(store, LINEAR, checkpoint=checkpoint, client=client)
     table = tables(store, result.number)
-    assert (result.samples, result.failed) == (200, 3)
+    assert (result.samples, result.failed) == (200, 4)
     failed = table.filter(pa.compute.is_valid(table["error"])).to_pylist()
-    assert [line["key"] for line in failed] == [samples[i]["__key__"] for i in (7, 11, 20)]
+    assert [line["key"] for line in failed] == [samples[i]["__key__"] for i in (7, 11, 20, 40)]
     assert all(line[name] is None for line in failed for name in (*schema.SCORE_COLUMNS, "predicted", "runner_up"))
     assert [text.split(":")[0] for text in table["error"].drop_null().to_pylist()] == [
         "cannot decode", "label 12 is outside the model's classes 0 … 9", "no member 'png'",
+        "the model failed on float32 of shape (1, 4, 4)",
     ]  # fmt: skip
     unlabelled = table.to_pylist()[30]
     assert unlabelled["label"] is None
     assert unlabelled["margin"] is None
     assert unlabelled["loss"] is None
     assert unlabelled["distance"] > 0
-    with pytest.raises(ScoringError, match=r"3 of 200 samples failed, 2 are allowed"):
-        score_round(store, LINEAR, checkpoint=checkpoint, client=client, max_errors=2)
+    with pytest.raises(ScoringError, match=r"4 of 200 samples failed, 3 are allowed"):
+        score_round(store, LINEAR, checkpoint=checkpoint, client=client, max_errors=3)
+
+
+def png(height: int, width: int) -> bytes:
+    file = io.BytesIO()
+    Image.fromarray(np.full((height, width), 128, dtype=np.uint8)).save(file, "PNG")
+    return file.getvalue()
+
+
+def test_a_model_that_fits_no_sample_ends_the_job_before_its_part_is_read(
+    digit_store: Store, client: Client, tmp_path: Path
+) -> None:
+    torch.save(toy_models.linear(pixels=100).state_dict(), tmp_path / "wide.pt")
+    spec = replace(LINEAR, model_args={"pixels": 100}, batch_size=37)
+    with pytest.raises(ScoringError, match=r"the first 74 samples failed, all of them; see that --transform") as told:
+        score_round(digit_store, spec, checkpoint=str(tmp_path / "wide.pt"), client=client, max_errors=40)
+    assert re.search(r"row 0, key '\d+': the model failed on float32 of shape \(1, 8, 8\): mat1 and", str(told.value))
+    assert finished_parts(digit_store, 1) == {}
 
 
 def test_a_label_that_no_sample_has_fails_the_job(digit_store: Store, checkpoint: str, client: Client) -> None:

@@ -74,6 +74,8 @@ def test_large_jpegs_reach_a_transform_at_a_part_of_their_size() -> None:
         ({"png": b"not an image", "cls": b"1"}, "cannot decode"),
         ({"png": IMAGE, "cls": b"cat"}, "'cat' is not an integer"),
         ({"png": IMAGE, "cls": b"-4"}, "-4 is negative"),
+        ({"png": IMAGE, "cls": b"1_0"}, "'1_0' is not an integer"),
+        ({"png": IMAGE, "cls": b"9" * 5000}, "'9{100}' is not an integer"),
     ],
 )
 def test_a_bad_sample_is_an_error_of_that_sample(members: dict[str, bytes], message: str) -> None:
@@ -88,8 +90,27 @@ def test_labels_from_json_and_missing_labels() -> None:
     assert scorer.prepare({"png": IMAGE, "json": b'{"y": 7}'})[1] == 7
     assert scorer.prepare({"png": IMAGE, "json": b'{"y": null}'})[1] == -1
     assert scorer.prepare({"png": IMAGE})[1] == -1
-    with pytest.raises(SampleError, match="json:y"):
-        scorer.prepare({"png": IMAGE, "json": b"{}"})
+    assert scorer.prepare({"png": IMAGE, "json": b'{"y": "7"}'})[1] == 7
+    for data, message in (
+        (b"{}", "label 'json:y': KeyError"),
+        (b'{"y": true}', "label 'True' is not an integer"),
+        (b'{"y": "1_0"}', "label '1_0' is not an integer"),
+        (b"[" * 200_000, "label 'json:y': RecursionError"),
+    ):
+        with pytest.raises(SampleError, match=message):
+            scorer.prepare({"png": IMAGE, "json": data})
+
+
+@pytest.mark.parametrize("error", [MemoryError("no room"), RuntimeError("DefaultCPUAllocator: can't allocate memory")])
+def test_too_little_memory_is_no_error_of_the_sample(error: Exception) -> None:
+    scorer = Scorer(LINEAR, None)
+
+    def hungry(image: Image.Image) -> torch.Tensor:
+        raise error
+
+    scorer.transform = hungry
+    with pytest.raises(type(error), match=str(error)):
+        scorer.prepare({"png": IMAGE, "cls": b"1"})
 
 
 @pytest.mark.parametrize("value", ["[1, 2]", "0.3", '{"a": 1}'])
@@ -256,6 +277,19 @@ def test_too_little_memory_halves_the_batch_and_keeps_every_score(caplog: pytest
     limit = 0
     with pytest.raises(torch.OutOfMemoryError):
         scorer.score(inputs, labels)
+
+
+def test_too_little_memory_of_the_cpu_halves_the_batch_too() -> None:
+    scorer, seen = Scorer(LINEAR, None), []
+
+    def take_much(module: torch.nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
+        seen.append(len(inputs[0]))
+        if seen[-1] > 7:
+            torch.empty(10**15)
+
+    scorer.network.register_forward_pre_hook(take_much)
+    assert scorer.score(torch.rand(10, 1, 8, 8), torch.zeros(10, dtype=torch.int64)).distance.isfinite().all()
+    assert seen == [10, 5, 5]
 
 
 def test_metadata_of_others_is_no_epoch_and_no_width(tmp_path: object) -> None:

@@ -11,16 +11,23 @@ from pathlib import Path
 import pytest
 from dask_processes import scheduler, wait_until, worker
 from distributed import Client
+from typer.testing import CliRunner
 
+from dynams_stream import ScorerSpec
 from dynams_stream.errors import ScoringError, UsageError
 from pipeline.cluster import dask_client
 from pipeline.cores import available_cores
+from pipeline.local_cluster import gpus_to_use
 from pipeline.worker_hardware import own_gpu, worker_cores, worker_device
+from tools.score_shards import app
 
 ROOT = Path(__file__).resolve().parents[1]
+SPEC = ScorerSpec(model="toy_models:linear")
 ONE_CHOSEN = {"CUDA_VISIBLE_DEVICES": "3"}
 ROTATED = {"CUDA_VISIBLE_DEVICES": "3,0,1,2"}
 SHARED = {"CUDA_VISIBLE_DEVICES": "2,3", "DYNAMS_SHARED_GPUS": "1"}
+
+JOB_OF_FOUR = {"CUDA_VISIBLE_DEVICES": "0,1,2,3", "DYNAMS_SHARED_GPUS": "1"}
 
 
 @pytest.mark.parametrize(
@@ -37,6 +44,10 @@ SHARED = {"CUDA_VISIBLE_DEVICES": "2,3", "DYNAMS_SHARED_GPUS": "1"}
         ("the user's own LocalCluster", 2, 4, {}, 2),
         ("dask worker --nworkers 8 --name gpu", "gpu-6", 8, {}, 6),
         ("no GPU at all", "x", 0, {}, 0),
+        ("SLURM, process 3 of a job with four GPUs", "SLURMCluster-0-3", 4, JOB_OF_FOUR, 3),
+        ("SLURM, process 2 of a job that has the node", "SLURMCluster-8-2", 4, {"DYNAMS_SHARED_GPUS": "1"}, 2),
+        ("SLURM, one process, --gres=gpu:1", "SLURMCluster-3", 1, {**ONE_CHOSEN, "DYNAMS_SHARED_GPUS": "0"}, 0),
+        ("SLURM, one process, --gres=gpu:4", "SLURMCluster-3", 4, {**ROTATED, "DYNAMS_SHARED_GPUS": "0"}, 0),
     ],
 )
 def test_each_worker_takes_its_own_gpu(
@@ -48,6 +59,37 @@ def test_each_worker_takes_its_own_gpu(
 def test_workers_that_would_all_take_the_same_gpu_are_refused() -> None:
     with pytest.raises(ScoringError, match=r"'tcp://10\.0\.0\.1:40331' sees 8 GPUs.*--name gpu-0"):
         own_gpu("tcp://10.0.0.1:40331", 8, {})
+    with pytest.raises(ScoringError, match=r"'SLURMCluster-4' sees 4 GPUs.*SLURM sets it for --gres=gpu:1"):
+        own_gpu("SLURMCluster-4", 4, {"DYNAMS_SHARED_GPUS": "0"})  # other jobs on the node may be -0 and -8
+
+
+@pytest.mark.parametrize(
+    ("device", "there", "expected"), [("cpu", 4, 0), ("cuda", 4, 4), ("cuda:0", 4, 1), ("cuda:3", 4, 1), ("mps", 0, 0)]
+)
+def test_a_device_of_one_gpu_means_one_worker(device: str, there: int, expected: int) -> None:
+    assert gpus_to_use(device, there) == expected
+
+
+@pytest.mark.parametrize(
+    ("device", "there", "complaint"),
+    [("cuda", 0, "--device cuda: PyTorch finds no GPU"), ("cuda:4", 4, "finds 4 GPUs, cuda:0 … cuda:3 on this")],
+)
+def test_a_gpu_that_is_not_there_is_refused(device: str, there: int, complaint: str) -> None:
+    with pytest.raises(UsageError, match=complaint):
+        gpus_to_use(device, there)
+
+
+@pytest.mark.parametrize("device", ["cpuu", "gpu", "cuda:", "cuda:x", "cuda:-1", "cpu:1", "xla", ""])
+def test_a_device_that_nothing_is_scored_on_is_refused(device: str) -> None:
+    with pytest.raises(UsageError, match=r"the device is cpu, cuda, one GPU as cuda:0, or mps; got"):
+        SPEC.resolved(["png", "cls"], device)
+
+
+def test_the_command_line_refuses_a_device_that_is_none() -> None:
+    options = ["--store", "s", "--model", "m:f", "--checkpoint", "c.pt", "--device", "cpuu"]
+    error = CliRunner().invoke(app, options).exception
+    assert isinstance(error, UsageError)
+    assert "got 'cpuu'" in str(error)
 
 
 FAULTS = """

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TextColumn
 from rich.text import Text
 
 from tools.command import say, stderr
@@ -24,16 +24,7 @@ def progress_bar(label: str, unit: str) -> Iterator[Report]:
     if not stderr.is_terminal:
         yield line_reporter(label, unit)
         return
-    columns = (
-        TextColumn(label),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn(unit),
-        _Rate(),
-        TimeRemainingColumn(),
-        TextColumn("{task.fields[note]}"),
-    )
-    with Progress(*columns, console=stderr, transient=True) as bar:
+    with Progress(*_columns(label, unit), console=stderr, transient=True) as bar:
         task = bar.add_task(label, total=None, note="", resumed=0)
 
         def report(done: int, total: int, note: str = "", resumed: int = 0) -> None:
@@ -42,16 +33,44 @@ def progress_bar(label: str, unit: str) -> Iterator[Report]:
         yield report
 
 
+def _columns(label: str, unit: str) -> tuple[ProgressColumn, ...]:
+    return (
+        TextColumn(label),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn(unit),
+        _Rate(),
+        _Left(),
+        TextColumn("{task.fields[note]}"),
+    )
+
+
 class _Rate(ProgressColumn):
     """Items a second since the bar began, without what an earlier run had done."""
 
     def render(self, task: Task) -> Text:
-        fresh = task.completed - task.fields.get("resumed", 0)
-        return Text(_rate(fresh / task.elapsed if task.elapsed else 0.0), style="progress.data.speed")
+        return Text(_rate(_speed(task)), style="progress.data.speed")
+
+
+class _Left(ProgressColumn):
+    """How long the others will take at that rate. (rich's own forgets what is older than 30 s, as parts may be.)"""
+
+    def render(self, task: Task) -> Text:
+        return Text(_left((task.total or 0) - task.completed, _speed(task)) or "-:--:--", style="progress.remaining")
+
+
+def _speed(task: Task) -> float:
+    fresh = task.completed - task.fields.get("resumed", 0)
+    return fresh / task.elapsed if task.elapsed else 0.0
 
 
 def _rate(rate: float) -> str:
     return f"{rate:,.0f}/s" if rate >= 10 or rate == 0 else f"{rate:.2g}/s"
+
+
+def _left(count: float, rate: float) -> str:
+    """As 0:01:30; "" where no end is in sight."""
+    return str(timedelta(seconds=round(count / rate))) if rate > 0 else ""
 
 
 def line_reporter(label: str, unit: str, clock: Callable[[], float] = time.monotonic) -> Report:
@@ -65,7 +84,7 @@ def line_reporter(label: str, unit: str, clock: Callable[[], float] = time.monot
             return
         last = now
         rate = (done - resumed) / (now - began)
-        left = f", {timedelta(seconds=round((total - done) / rate))} left" if rate > 0 else ""
-        say(f"{label}: {done:,} of {total:,} {unit}, {_rate(rate)}{left} {note}".rstrip())
+        left = _left(total - done, rate)
+        say(f"{label}: {done:,} of {total:,} {unit}, {_rate(rate)}{f', {left} left' if left else ''} {note}".rstrip())
 
     return report

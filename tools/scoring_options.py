@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 from dynams_stream.errors import UsageError
-from dynams_stream.scorer import ScorerSpec
+from dynams_stream.scorer import ScorerSpec, require_device
 from pipeline.lease import OnBusy
 from pipeline.score_job import Progress, ScoreProgress
 from tools.progress import progress_bar
@@ -45,7 +45,12 @@ LeastSideOption = Annotated[
         "--least-side", min=1, help="Decode JPEGs at 1/2, 1/4, 1/8 of their size while both sides keep so many pixels."
     ),
 ]
-DeviceOption = Annotated[str, typer.Option("--device", help="cpu or cuda.")]
+DeviceOption = Annotated[
+    str,
+    typer.Option(
+        "--device", callback=require_device, help="cpu, cuda (every GPU, a worker for each), or one GPU as cuda:0."
+    ),
+]
 OnBusyOption = Annotated[
     str,
     typer.Option("--on-busy", help="When another job works on the store: skip (exit 3, naming it), or wait for it."),
