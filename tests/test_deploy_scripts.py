@@ -40,6 +40,7 @@ exec "$@"
 """
 UNTIL_TERMINATED = 'trap "echo $1 ended >>$LOG; kill %1; exit 0" TERM; sleep 60 & wait'
 """Its first argument is the name that it says."""
+ENDS_ONCE_WORKERS_ARE_THERE = 'until grep -q "srun gives" "$LOG"; do sleep 0.05; done; exit 7'
 FINISHES = 'trap "kill %1; sleep 0.3; echo finished >>$LOG; exit 143" TERM; sleep 60 & echo waiting >>$LOG; wait'
 """A command that is told to stop, and takes a moment for it."""
 
@@ -82,14 +83,14 @@ class StandIns:
 @pytest.fixture
 def allocation(tmp_path: Path) -> StandIns:
     """What deploy/score.sbatch finds on a node."""
-    return StandIns(tmp_path, srun=SRUN, dask=UNTIL_TERMINATED, dynams="echo begun >>$LOG; exit 7")
+    return StandIns(tmp_path, srun=SRUN, dask=UNTIL_TERMINATED, dynams=ENDS_ONCE_WORKERS_ARE_THERE)
 
 
 def test_an_allocation_s_tasks_have_the_cores_that_its_workers_use(allocation: StandIns) -> None:
     job = allocation.start("score.sbatch", "--config", "run.toml", SLURM_JOB_ID="7", SLURM_CPUS_PER_TASK="3")
     _, complaint = job.communicate(timeout=60)
     assert job.returncode == 7, complaint  # that of dynams
-    allocation.wait_for("srun gives 3")
+    assert "srun gives 3" in allocation.said
     file = f"--scheduler-file {allocation.folder}/scheduler-7.json"
     assert f"dynams score {file} --config run.toml" in allocation.said
 
