@@ -85,7 +85,10 @@ class Strategy:
         used = _columns_of(tree, text)
         if not used:
             raise _refused(text, "it names no score column")
-        return cls(text=ast.unparse(tree), columns=tuple(name for name in schema.SCORE_COLUMNS if name in used))
+        canonical = ast.unparse(tree)
+        if len(canonical) > LONGEST_TEXT:  # manifests have it so, and it is read again from there
+            raise UsageError(f"a strategy has at most {LONGEST_TEXT} characters; {canonical!r} has {len(canonical)}")
+        return cls(text=canonical, columns=tuple(name for name in schema.SCORE_COLUMNS if name in used))
 
     @cached_property
     def _tree(self) -> ast.expr:

@@ -106,7 +106,7 @@ expressions = st.recursive(
         inner.map(lambda text: f"-({text})"),
     ),
     max_leaves=6,
-).filter(lambda text: any(name in text for name in schema.SCORE_COLUMNS) and len(text) < LONGEST_TEXT)
+).filter(lambda text: any(name in text for name in schema.SCORE_COLUMNS) and len(text) < LONGEST_TEXT // 2)
 
 
 FUNCTIONS = {
@@ -144,6 +144,13 @@ def test_spaces_and_parentheses_do_not_make_another_strategy() -> None:
     assert str(Strategy.parse("+(loss) ** (+2)")) == "loss ** 2"
     assert str(Strategy.parse("max( loss,(entropy) , 1)")) == "max(loss, entropy, 1)"
     assert Strategy.parse("+distance").evaluate(columns()).tobytes() == columns()["distance"].tobytes()
+
+
+def test_a_canonical_text_can_be_read_again_from_a_manifest() -> None:
+    longest = "loss+" * 32 + "el2n"  # grows by two characters for each plus
+    assert len(longest) < LONGEST_TEXT
+    with pytest.raises(UsageError, match=r"at most 200 characters; 'loss [+] loss .* has 228"):
+        Strategy.parse(longest)
 
 
 @pytest.mark.parametrize(("text", "canonical", "seed"), [("random", "random:0", 0), (" random:17 ", "random:17", 17)])
