@@ -302,7 +302,7 @@ def main() -> None:
 
 def report(group: str, settings: Sequence[Setting], options: argparse.Namespace) -> None:
     """Print the table of what has run, and draw its plot."""
-    from accuracy_table import plot_budgets, plot_frontier, row_of, selections, table
+    from accuracy_table import by_budget, plot_budgets, plot_frontier, row_of, selections, table
 
     folder, done = options.folder, finished(options.lines)
     rows, named = [], {}
@@ -312,6 +312,8 @@ def report(group: str, settings: Sequence[Setting], options: argparse.Namespace)
             rows.append(row_of(setting.condition, setting.name, setting.config(folder), lines))
             named[setting.condition, setting.name] = lines
     print(f"{table(rows, options.against)}\n\n{selections(named)}")
+    if group == "budgets" and rows:
+        print(f"\n{by_budget(rows)}")
     plots = {"frontier": plot_frontier, "budgets": plot_budgets}
     if group in plots and rows:
         folder.mkdir(parents=True, exist_ok=True)

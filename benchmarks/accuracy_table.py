@@ -111,7 +111,7 @@ def table(rows: Sequence[Row], against: str = FULL) -> str:
             seconds += f" ({100 * statistics.mean(row.seconds) / statistics.mean(full.seconds):.0f} %)"
         overlap = "–" if row.overlap is None else f"{row.overlap:.2f}"
         lines.append(
-            f"| {row.condition} | {row.name} | {len(row.accuracies)} | {row.accuracy:.2f} ± {row.deviation:.2f} "
+            f"| {row.condition} | {row.name} | {len(row.accuracies)} | {_accuracy(row)} "
             f"| {gain} | {row.samples:,.0f} | {flops} | {seconds} | {overlap} |"
         )
     return "\n".join(lines)
@@ -137,6 +137,49 @@ def selections(named: Mapping[tuple[str, str], Sequence[dict[str, Any]]]) -> str
 
 def _span(values: Sequence[float]) -> str:
     return f"{min(values):.2f} to {max(values):.2f} ({len(values)} runs)" if values else "–"
+
+
+def by_budget(rows: Sequence[Row]) -> str:
+    """Markdown, a table for each condition: methods by mean budgets, accuracy and share of full data's seconds."""
+    tables = []
+    for condition in dict.fromkeys(row.condition for row in rows):
+        own = [row for row in rows if row.condition == condition]
+        full, methods = _full(own), _methods(own)
+        budgets = list(dict.fromkeys(budget for points in methods.values() for budget in points))
+        lines = [
+            f"| {condition} | " + " | ".join(f"{budget:g}" for budget in budgets) + " |",
+            "|---" * (1 + len(budgets)) + "|",
+        ]
+        if full is not None:
+            lines.append(f"| {FULL}: {_accuracy(full)}" + " | " * len(budgets) + " |")
+        for method, points in methods.items():
+            cells = [_cell(points[budget], full) if budget in points else "–" for budget in budgets]
+            lines.append(f"| {method} | {' | '.join(cells)} |")
+        tables.append("\n".join(lines))
+    return "\n\n".join(tables)
+
+
+def _cell(row: Row, full: Row | None) -> str:
+    share = "" if full is None else f" ({100 * statistics.mean(row.seconds) / statistics.mean(full.seconds):.0f} %)"
+    return f"{_accuracy(row)}{share}"
+
+
+def _full(rows: Sequence[Row]) -> Row | None:
+    return next((row for row in rows if row.name == FULL), None)
+
+
+def _accuracy(row: Row) -> str:
+    return f"{row.accuracy:.2f} ± {row.deviation:.2f}"
+
+
+def _methods(rows: Sequence[Row]) -> dict[str, dict[float, Row]]:
+    """The rows of a condition by method and mean budget, which their names begin with."""
+    methods: dict[str, dict[float, Row]] = {}
+    for row in rows:
+        budget, found, method = row.name.partition(": ")
+        if found:
+            methods.setdefault(method, {})[float(budget)] = row
+    return methods
 
 
 def plot_frontier(rows: Sequence[Row], path: Path) -> None:
@@ -188,26 +231,21 @@ def plot_budgets(rows: Sequence[Row], path: Path) -> None:
     from matplotlib.figure import Figure
 
     conditions = list(dict.fromkeys(row.condition for row in rows))
-    colours = matplotlib.colormaps["tab20"]
+    named = list(_methods(rows))
+    colours = dict(zip(named, matplotlib.colormaps["tab20"].colors, strict=False))
     figure = Figure(figsize=(5.2 * len(conditions), 5.5), layout="constrained")
     for panel, condition in zip(figure.subplots(1, len(conditions), squeeze=False)[0], conditions, strict=True):
-        methods: dict[str, list[tuple[float, Row]]] = {}
-        for row in rows:
-            budget, found, method = row.name.partition(": ")
-            if row.condition == condition and found:
-                methods.setdefault(method, []).append((float(budget), row))
-            elif row.condition == condition:
-                error = 100 - row.accuracy
-                panel.axhspan(
-                    error - row.deviation, error + row.deviation, color="black", alpha=0.15,
-                    label="full data, mean ± sd",
-                )  # fmt: skip
-        for number, (method, points) in enumerate(methods.items()):
-            shift = 1 + 0.012 * (number - len(methods) / 2)  # error bars beside each other
+        own = [row for row in rows if row.condition == condition]
+        full, methods = _full(own), _methods(own)
+        if full is not None:
+            span = 100 - full.accuracy - full.deviation, 100 - full.accuracy + full.deviation
+            panel.axhspan(*span, color="black", alpha=0.15, label="full data, mean ± sd")
+        for method, points in methods.items():
+            shift = 1 + 0.012 * (named.index(method) - len(named) / 2)  # error bars beside each other
             panel.errorbar(
-                [budget * shift for budget, _ in points], [100 - row.accuracy for _, row in points],
-                [row.deviation for _, row in points], marker="o", markersize=4, capsize=2, linewidth=1,
-                linestyle="-" if method.startswith("DynaMS") else ":", color=colours(number), label=method,
+                [budget * shift for budget in points], [100 - row.accuracy for row in points.values()],
+                [row.deviation for row in points.values()], marker="o", markersize=4, capsize=2, linewidth=1,
+                linestyle="-" if method.startswith("DynaMS") else ":", color=colours[method], label=method,
             )  # fmt: skip
         panel.set(xscale="log", yscale="log", xlabel="mean budget, warm-up included", title=condition)
         panel.minorticks_off()
@@ -218,6 +256,8 @@ def plot_budgets(rows: Sequence[Row], path: Path) -> None:
         panel.invert_yaxis()
         panel.grid(alpha=0.3)
     figure.axes[0].set(ylabel="test error, % (better is higher)")
-    handles, labels = figure.axes[-1].get_legend_handles_labels()
-    figure.legend(handles, labels, fontsize=8, loc="outside lower center", ncols=4)
+    entries = {
+        label: handle for panel in figure.axes for handle, label in zip(*panel.get_legend_handles_labels(), strict=True)
+    }
+    figure.legend(entries.values(), entries.keys(), fontsize=8, loc="outside lower center", ncols=4)
     figure.savefig(path, dpi=130)
