@@ -361,6 +361,14 @@ class Round:
         """all, scored, failed, selected: numbers of samples."""
         return self.manifest["counts"]  # type: ignore[no-any-return]
 
+    @property
+    def scores_of(self) -> int | None:
+        """The round whose score tables were cut: this one or an earlier one; None where none were (`random`, `own`)."""
+        if not self.manifest["score_parts"]:
+            return None
+        other: int | None = self.manifest["scores_of"]
+        return self.number if other is None else other
+
     def dataset(self) -> Dataset:
         """The dataset version that this round was made from.
 
@@ -402,14 +410,13 @@ class Round:
         Raises:
             StoreError: when the round was cut without scores (a random selection).
         """
-        scored = self.manifest["scores_of"] if self.manifest["scores_of"] is not None else self.number
-        parts = self.manifest["score_parts"]
-        if not parts:
+        scored = self.scores_of
+        if scored is None:
             raise StoreError(
                 f"{self.store.url}: round {self.number} has no score tables (strategy "
                 f"{self.manifest['strategy']!r} needs none)"
             )
-        paths = [self.store.path(schema.scores_path(scored, part)) for part in parts]
+        paths = [self.store.path(schema.scores_path(scored, part)) for part in self.manifest["score_parts"]]
         if storage.is_local(self.store.url):
             return pyarrow.dataset.dataset(paths, schema=schema.SCORES_SCHEMA, format="parquet")
         system = storage.file_system(self.store.url)

@@ -227,9 +227,8 @@ class DynamicSelection:
     def _cut(self, made: Round, fraction: float) -> int:
         if made.fraction == fraction:
             return made.number
-        scores = made.manifest["scores_of"] or made.number
         return select_round(
-            self._store, fraction=fraction, scores_of=scores, as_newest=True, strategy=self._options["strategy"],
+            self._store, fraction=fraction, scores_of=made.scores_of, as_newest=True, strategy=self._options["strategy"],
             **{name: self._options[name] for name in ("workers", "max_errors", "max_bad_shards")}, **self._choices,
         ).round.number  # fmt: skip
 

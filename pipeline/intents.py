@@ -54,11 +54,10 @@ def same_selection(store: Store, intent: Mapping[str, Any]) -> Round | None:
 
 def _intent_of(published: Round) -> dict[str, Any]:
     manifest = published.manifest
-    scored = manifest["scores_of"] if manifest["scores_of"] is not None else published.number
     quotas = ClassQuotas(manifest.get("class_balance", False), manifest.get("min_per_class", 0))
     return selection_intent(
         manifest["dataset"]["digest"],
-        scored if manifest["score_parts"] else None,
+        published.scores_of,
         manifest["strategy"],
         manifest["fraction"],
         quotas,

@@ -10,14 +10,12 @@ from typing import Any
 from dynams_stream import schema
 from dynams_stream.cut import CutResult
 from dynams_stream.dataset import Dataset
-from dynams_stream.store import Store
 from dynams_stream.version import library_version
 from pipeline.pending import FinishedPart
 from pipeline.receipt import bad_shards, total_seconds
 
 
 def round_manifest(
-    store: Store,
     dataset: Dataset,
     number: int,
     scored: int | None,

@@ -38,8 +38,9 @@ def orphans(store: Store, datasets: Iterable[Dataset], rounds: Sequence[Round]) 
         if not (name.endswith(".parquet") and name.removesuffix(".parquet").isdigit()):
             yield f"{schema.DATASET_FOLDER}/{name}"
     used = {
-        schema.scores_path(published.manifest["scores_of"] or published.number, part)
+        schema.scores_path(published.scores_of, part)
         for published in rounds
+        if published.scores_of is not None
         for part in published.manifest["score_parts"]
     }
     for published in rounds:

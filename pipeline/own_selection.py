@@ -78,7 +78,7 @@ def publish_rows(
         per_class={},
         selection=writer.for_manifest(),
     )
-    manifest = round_manifest(store, dataset, number, None, {}, result, started)
+    manifest = round_manifest(dataset, number, None, {}, result, started)
     return store.publish(number, {**manifest, "epoch": epoch, "rows_digest": digest.hexdigest()})
 
 

@@ -12,6 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from dynams_stream import schema, storage
+from dynams_stream.cut import ScorePart
 from dynams_stream.dataset import Dataset
 from dynams_stream.errors import RoundNotFoundError, ScoresIncompleteError
 from dynams_stream.ordered_map import ordered_thread_map
@@ -67,7 +68,7 @@ def _read_footer(url: str) -> FinishedPart | None:
 
 def are_published(store: Store, number: int) -> bool:
     """Whether a published round was cut from the score tables of round `number`: they never change from then on."""
-    return any(number in (published.number, published.manifest["scores_of"]) for published in store.rounds())
+    return any(number in (published.number, published.scores_of) for published in store.rounds())
 
 
 def may_be_replaced(store: Store, number: int, parts: Mapping[int, FinishedPart]) -> bool:
@@ -125,25 +126,18 @@ def tables_to_cut(store: Store, scores_of: int | None) -> tuple[int, Dataset]:
         return newest_scores(store, newest), newest
     if scores_of not in store.round_numbers():
         raise RoundNotFoundError(f"{store.url} holds no round {scores_of}; `dynams status` lists them")
-    version = _dataset_version(store, scores_of)
-    if version is None and store.is_published(scores_of):
-        reused = store.round(scores_of).manifest["scores_of"]
-        if reused is not None:
-            scores_of, version = int(reused), _dataset_version(store, int(reused))
-    return scores_of, scored_dataset(store, scores_of, version)
+    if not _score_tables(store, scores_of) and store.is_published(scores_of):
+        scores_of = store.round(scores_of).scores_of or scores_of
+    return scores_of, scored_dataset(store, scores_of)
 
 
-def scored_dataset(store: Store, number: int, version: int | None = None) -> Dataset:
+def scored_dataset(store: Store, number: int) -> Dataset:
     """The dataset version that the score tables of a round were made from; the newest where there are none.
-
-    Args:
-        number: the round.
-        version: that version, where it is known.
 
     Raises:
         ScoresIncompleteError: that version is not there any more.
     """
-    version = _dataset_version(store, number) if version is None else version
+    version = _dataset_version(store, number)
     if version is not None and version not in store.dataset_versions():
         raise ScoresIncompleteError(
             f"{store.url}: the score tables of round {number} belong to dataset version {version}, which was removed; "
@@ -159,6 +153,19 @@ def _dataset_version(store: Store, number: int) -> int | None:
         if found is not None:
             return int(found.identity["dataset"]["version"])
     return None
+
+
+def score_parts(store: Store, dataset: Dataset, scored: int | None) -> list[ScorePart]:
+    """The parts of a dataset as they are cut: from the score tables of round `scored`, or without any."""
+    return [
+        ScorePart(
+            url=None if scored is None else store.path(schema.scores_path(scored, part.number)),
+            number=part.number,
+            first_shard=part.first_shard,
+            counts=dataset.counts[part.first_shard : part.first_shard + part.shards],
+        )
+        for part in dataset.parts
+    ]
 
 
 def complete_parts(store: Store, dataset: Dataset, scored: int, max_bad_shards: int) -> dict[int, FinishedPart]:

@@ -13,7 +13,6 @@ from dynams_stream import schema, storage
 from dynams_stream.class_quotas import ClassQuotas
 from dynams_stream.cut import ScorePart, exact_cut, rows_by_shard
 from dynams_stream.cut_part import task_bytes
-from dynams_stream.dataset import Dataset
 from dynams_stream.errors import ScoresIncompleteError, UsageError
 from dynams_stream.faithfulness import Faithfulness
 from dynams_stream.ordered_map import OrderedMap, ordered_thread_map
@@ -35,6 +34,7 @@ from pipeline.pending import (
     finished_parts,
     may_be_replaced,
     require_few_failures,
+    score_parts,
     tables_to_cut,
 )
 from pipeline.receipt import bad_shards
@@ -131,7 +131,7 @@ def select_round(
     if scored is not None:
         require_few_failures(store, scored, parts, max_errors)
     with _apart_from_scoring(store, scored, parts) as lease:
-        parts_to_cut = _score_parts(store, dataset, scored)
+        parts_to_cut = score_parts(store, dataset, scored)
         threads = workers or _thread_count(parts_to_cut, chosen, weight, quotas)
         with (
             _ordered_map(client, scheduler, threads) as ordered_map,
@@ -153,7 +153,7 @@ def select_round(
             )
         if judged_by is not None:
             _list_excluded(store, number, parts_to_cut)
-        manifest = round_manifest(store, dataset, number, scored, parts, result, started)
+        manifest = round_manifest(dataset, number, scored, parts, result, started)
         manifest |= {"class_balance": class_balance, "min_per_class": min_per_class}
         if judged_by is not None:
             listed = storage.file_digest(store.path(schema.excluded_path(number)))
@@ -243,15 +243,3 @@ def _list_excluded(store: Store, number: int, parts: Iterable[ScorePart]) -> Non
     with selection_writer(store.path(schema.excluded_path(number))) as writer:
         for part in parts:
             writer.append(*rows_by_shard(part.counts, part.excluded))
-
-
-def _score_parts(store: Store, dataset: Dataset, scored: int | None) -> list[ScorePart]:
-    return [
-        ScorePart(
-            url=None if scored is None else store.path(schema.scores_path(scored, part.number)),
-            number=part.number,
-            first_shard=part.first_shard,
-            counts=dataset.counts[part.first_shard : part.first_shard + part.shards],
-        )
-        for part in dataset.parts
-    ]

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from tempfile import TemporaryDirectory
 from typing import Any
 
@@ -18,13 +19,13 @@ import numpy.typing as npt
 from dynams_stream import schema, storage
 from dynams_stream.class_quotas import ClassQuotas
 from dynams_stream.cut import CutResult, ScorePart, exact_cut
-from dynams_stream.dataset import Dataset, Part
+from dynams_stream.dataset import Dataset
 from dynams_stream.ordered_map import OrderedMap
 from dynams_stream.selection import Selection
 from dynams_stream.store import Round
 from dynams_stream.strategy import Strategy
 from pipeline.manifests import round_manifest
-from pipeline.pending import finished_parts
+from pipeline.pending import finished_parts, score_parts
 from pipeline.verify_round import SELECT_AGAIN, Problem, reason_of
 
 _TOLD_BY_NOTHING = ("selection", "library", "started", "ended", "seconds")
@@ -62,11 +63,12 @@ def check_cut(published: Round, dataset: Dataset, ordered_map: OrderedMap) -> li
 
 def _cut(published: Round, dataset: Dataset, destination: str, ordered_map: OrderedMap) -> CutResult:
     manifest, weight = published.manifest, published.manifest.get("sample_weight")
-    excluded = None
+    parts = score_parts(published.store, dataset, published.scores_of)
     if manifest.get("excluded"):
-        excluded = Selection.read(published.store.path(schema.excluded_path(published.number)))
+        rows = Selection.read(published.store.path(schema.excluded_path(published.number)))
+        parts = [replace(part, excluded=_positions(part, rows)) for part in parts]
     return exact_cut(
-        [_score_part(published, dataset, part, excluded) for part in dataset.parts],
+        parts,
         fraction=manifest["fraction"],
         strategy=Strategy.parse(manifest["strategy"]),
         destination=destination,
@@ -76,38 +78,18 @@ def _cut(published: Round, dataset: Dataset, destination: str, ordered_map: Orde
     )
 
 
-def _scored(published: Round) -> int | None:
-    """The round whose score tables were cut; None for a random order."""
-    if not published.manifest["score_parts"]:
-        return None
-    scored: int | None = published.manifest["scores_of"]
-    return published.number if scored is None else scored
-
-
-def _score_part(published: Round, dataset: Dataset, part: Part, excluded: Selection | None) -> ScorePart:
-    scored = _scored(published)
-    return ScorePart(
-        url=None if scored is None else published.store.path(schema.scores_path(scored, part.number)),
-        number=part.number,
-        first_shard=part.first_shard,
-        counts=dataset.counts[part.first_shard : part.first_shard + part.shards],
-        excluded=None if excluded is None else _positions(dataset, part, excluded),
-    )
-
-
-def _positions(dataset: Dataset, part: Part, excluded: Selection) -> npt.NDArray[np.uint32]:
+def _positions(part: ScorePart, excluded: Selection) -> npt.NDArray[np.uint32]:
     """The excluded samples of a part, counted through it."""
-    shards = range(part.first_shard, part.first_shard + part.shards)
-    starts = np.cumsum([0, *dataset.counts[part.first_shard : shards.stop - 1].tolist()])
-    found = [excluded.rows(shard) + start for shard, start in zip(shards, starts.tolist(), strict=True)]
+    starts = (np.cumsum(part.counts) - part.counts).tolist()
+    found = [excluded.rows(shard) + start for shard, start in enumerate(starts, part.first_shard)]
     return np.concatenate(found).astype(np.uint32)
 
 
 def _manifest(published: Round, dataset: Dataset, made: CutResult) -> dict[str, Any]:
     """What `round.json` has to say."""
-    scored = _scored(published)
+    scored = published.scores_of
     parts = {} if scored is None else finished_parts(published.store, scored)
-    entries = round_manifest(published.store, dataset, published.number, scored, parts, made, started="")
+    entries = round_manifest(dataset, published.number, scored, parts, made, started="")
     found: dict[str, Any] = json.loads(json.dumps(entries))
     return {name: value for name, value in found.items() if name not in _TOLD_BY_NOTHING}
 

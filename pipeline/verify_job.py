@@ -296,9 +296,9 @@ def _cut_checks(
     damaged = {problem.path for problem in problems}
     for published in rounds:
         dataset, number = _dataset_of(published, datasets), published.number
-        scored = published.manifest["scores_of"] or number
         files = {schema.manifest_path(number), schema.selection_path(number), schema.excluded_path(number)}
-        files |= {schema.scores_path(scored, part) for part in published.manifest["score_parts"]}
+        if (scored := published.scores_of) is not None:
+            files |= {schema.scores_path(scored, part) for part in published.manifest["score_parts"]}
         yield [] if dataset is None or files & damaged else check_cut(published, dataset, parallel)
 
 

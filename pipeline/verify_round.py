@@ -98,8 +98,9 @@ class RoundCheck:
 
     def score_table(self, part: Part) -> list[Problem]:
         """What is wrong with the score table of a part."""
-        number = self.round.number
-        path = schema.scores_path(self.manifest["scores_of"] or number, part.number)
+        number, scored = self.round.number, self.round.scores_of
+        assert scored is not None  # it names the part
+        path = schema.scores_path(scored, part.number)
         advice = f"restore it from a copy; loaders go on without it, but round {number} cannot be cut again"
         try:
             data = storage.read_bytes(self.round.store.path(path))
