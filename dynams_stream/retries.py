@@ -37,10 +37,13 @@ class Retries:
     Args:
         options: how many at a time, and how long.
         count: told `requests=`, `retries=` and `slow_downs=` as they happen.
+        advice: what else can be done when the deadline has passed, for the message.
     """
 
-    def __init__(self, options: RemoteOptions, count: Callable[..., None]):
-        self._deadline = options.deadline
+    def __init__(
+        self, options: RemoteOptions, count: Callable[..., None], advice: str = "raise RemoteOptions(deadline=…)"
+    ):
+        self._deadline, self._advice = options.deadline, advice
         self._count = count
         self.allowance = Allowance(options.in_flight)
         self._warned: set[str] = set()
@@ -83,7 +86,7 @@ class Retries:
             if wait >= left:
                 raise ShardUnreadableError(
                     f"{url}: {what} could not be had in {self._deadline:g} s: {tries} requests failed, the last one: "
-                    f"{failure}; see that the store answers, or raise RemoteOptions(deadline=…)",
+                    f"{failure}; see that the store answers, or {self._advice}",
                     shard=url,
                 ) from failure
             self._warn(url, failure)

@@ -228,8 +228,8 @@ class DynamicSelection:
         if made.fraction == fraction:
             return made.number
         return select_round(
-            self._store, fraction=fraction, scores_of=made.scores_of, as_newest=True, strategy=self._options["strategy"],
-            **{name: self._options[name] for name in ("workers", "max_errors", "max_bad_shards")}, **self._choices,
+            self._store, fraction=fraction, scores_of=made.scores_of, as_newest=True, **self._choices,
+            **{name: self._options[name] for name in ("strategy", "workers", "max_errors", "max_bad_shards")},
         ).round.number  # fmt: skip
 
     def wait(self, timeout: float | None = None) -> bool:

@@ -17,7 +17,14 @@ T = TypeVar("T")
 
 OPTIONS: Final = RemoteOptions(timeout=60, deadline=60)
 """A request is for megabytes here. A part whose shard stays away is tried once more, when the others are done."""
-RETRIES = Retries(OPTIONS, lambda **counted: None)
+
+
+def retries(options: RemoteOptions) -> Retries:
+    """The retry layer of a job: nobody counts its requests, and it can be run again."""
+    return Retries(options, lambda **counted: None, advice="run the same command again: what is scored is kept")
+
+
+RETRIES = retries(OPTIONS)
 """Of all requests for shards that this process makes."""
 _TRANSPORT: Final = Transport(OPTIONS.timeout, OPTIONS.in_flight)
 _NEVER: Final = threading.Event()

@@ -35,9 +35,6 @@ from pipeline.score_part import PartTask
 
 Progress = Callable[["ScoreProgress"], None]
 
-HOPELESS_SAMPLES = 1000
-"""A part that begins with so many failures and no score ends the job, where no number of failures was allowed."""
-
 
 @dataclass(frozen=True)
 class ScoreProgress:
@@ -166,8 +163,7 @@ def score_round(
             "epoch": epoch if epoch is not None else checkpoint_epoch(checkpoint),
             "started": datetime.now(UTC).isoformat(timespec="seconds"),
         }
-        hopeless = limit if max_errors is not None else min(limit, HOPELESS_SAMPLES)
-        pending = _part_tasks(store, plan, number, checkpoint, provenance, device, give_up_after=hopeless)
+        pending = _part_tasks(store, plan, number, checkpoint, provenance, device, limit)
         if pending:
             local_workers = workers if workers is not None or device != "cpu" else min(available_cores(), len(pending))
             with (
@@ -243,9 +239,9 @@ def _part_tasks(
     checkpoint: str,
     provenance: Mapping[str, Any],
     device: str,
-    give_up_after: int | None = None,
+    limit: int | None = None,
 ) -> list[PartTask]:
-    """The tasks of the parts that are missing."""
+    """The tasks of the parts that are missing; with more failed samples than `limit` the job fails."""
     identity = json.dumps(plan.identity, sort_keys=True)
     shards = [
         slice(part.first_shard, part.first_shard + part.shards)
@@ -264,7 +260,7 @@ def _part_tasks(
             identity=identity,
             provenance=provenance,
             device=device,
-            give_up_after=give_up_after,
+            give_up_after=limit,
         )
         for part, own in zip(plan.pending, shards, strict=True)
     ]

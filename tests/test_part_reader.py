@@ -13,7 +13,6 @@ from PIL import Image
 from dynams_stream import ScorerSpec, Store
 from dynams_stream.errors import ScoringError, ShardUnreadableError
 from dynams_stream.remote_options import RemoteOptions
-from dynams_stream.retries import Retries
 from dynams_stream.scorer import Scorer
 from pipeline import remote_reader
 from pipeline.index_job import build_index
@@ -65,9 +64,11 @@ def test_a_server_that_stays_away_is_an_error_at_the_deadline(
     remote: tuple[ObjectServer, Store], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     server, store = remote
-    monkeypatch.setattr(remote_reader, "RETRIES", Retries(RemoteOptions(deadline=0.3), lambda **counted: None))
+    monkeypatch.setattr(remote_reader, "RETRIES", remote_reader.retries(RemoteOptions(deadline=0.3)))
     server.faults = lambda request: "503" if request.first else None
-    with pytest.raises(ShardUnreadableError, match=r"bytes \d+ to \d+ could not be had in 0\.3 s: .*503") as told:
+    with pytest.raises(
+        ShardUnreadableError, match=r"bytes \d+ to \d+ could not be had in 0\.3 s: .*503.*; see .* run the same"
+    ) as told:
         first_part(store, Scorer(SPEC, None))
     assert told.value.shard == store.dataset().urls[0]
 
