@@ -5,7 +5,8 @@ from __future__ import annotations
 import time
 import uuid
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from functools import partial
 from itertools import islice
 from typing import Any, TypeVar
@@ -20,6 +21,10 @@ from pipeline.in_flight import result_of
 A = TypeVar("A")
 B = TypeVar("B")
 
+TASK_SECONDS = 0.1
+"""What a task should take about: a scheduler spends some thousandths of a second on each, however short."""
+MOST_ITEMS = 32
+"""Items of a task at most; a worker holds the results of some tasks."""
 LOOK_SECONDS = 2.0
 """How often the cluster is asked how much it runs at once: workers come and go."""
 RETRIES = 2
@@ -30,29 +35,36 @@ def ordered_dask_map(client: Client) -> OrderedMap:
     """A `map` whose functions run as tasks of a cluster; they and their items are pickled.
 
     At most twice as many tasks as the cluster runs at once are in flight, so that memory stays flat here and there.
-    The first error, in the order of the items, is raised in its place; tasks that nobody needs any more are cancelled.
+    A task has one item to begin with, and more where an item takes little time. The first error, in the order of the
+    items, is raised in its place; tasks that nobody needs any more are cancelled.
 
     Raises:
         SelectionError: a task failed with an error that is none of this library's.
     """
 
     def mapped(function: Callable[[A], B], items: Iterable[A], /) -> Iterator[B]:
-        source = enumerate(items)
+        source, submitted, items_a_task = iter(items), 0, 1
         run = f"{_name(function)}-{uuid.uuid4().hex[:8]}"
         waiting: deque[Future] = deque()
 
         def submit_up_to(most: int) -> None:
-            for number, item in islice(source, max(0, most - len(waiting))):
-                key = f"{run}-{number:06d}"
-                waiting.append(client.submit(_guarded, function, item, key=key, pure=False, retries=RETRIES))
+            nonlocal submitted
+            while len(waiting) < most and (chunk := list(islice(source, items_a_task))):
+                key = f"{run}-{submitted:06d}"
+                waiting.append(client.submit(_guarded, function, chunk, key=key, pure=False, retries=RETRIES))
+                submitted += len(chunk)
 
         try:
             most, looked = 2 * worker_threads(client), time.monotonic()
             submit_up_to(most)
             while waiting:
                 future = waiting.popleft()
-                yield _result(client, future)
+                done = _result(client, future)
                 future.release()
+                yield from done.results
+                if done.error is not None:
+                    raise done.error
+                items_a_task = _suitable(items_a_task, done)
                 if time.monotonic() - looked > LOOK_SECONDS:
                     most, looked = 2 * worker_threads(client), time.monotonic()
                 submit_up_to(most)
@@ -62,17 +74,37 @@ def ordered_dask_map(client: Client) -> OrderedMap:
     return mapped
 
 
-def _guarded(function: Callable[[A], B], item: A) -> B | DynamsError:
-    """The result, or one of our errors as a result: to run such a task again would give the same."""
-    try:
-        return function(item)
-    except DynamsError as error:
-        return error
+@dataclass(frozen=True)
+class _Done:
+    """What a task gives: results of its items, up to the first of our errors, and the seconds that it took."""
+
+    results: list[Any]
+    error: DynamsError | None
+    seconds: float
 
 
-def _result(client: Client, future: Future) -> Any:
+def _guarded(function: Callable[[A], B], chunk: Sequence[A]) -> _Done:
+    """One of our errors is returned, not raised: to run such a task again would give the same."""
+    began, results = time.perf_counter(), []
+    error = None
     try:
-        found = result_of(client, future)
+        for item in chunk:
+            results.append(function(item))
+    except DynamsError as found:
+        error = found
+    return _Done(results, error, time.perf_counter() - began)
+
+
+def _suitable(items: int, done: _Done) -> int:
+    """How many items the next tasks have: at most twice as many as the ones before, fewer where they took long."""
+    of_time = int(TASK_SECONDS * len(done.results) / max(done.seconds, 1e-6))
+    return max(1, min(of_time, 2 * items, MOST_ITEMS))
+
+
+def _result(client: Client, future: Future) -> _Done:
+    try:
+        done: _Done = result_of(client, future)
+        return done
     except DynamsError:
         raise
     except Exception as error:
@@ -80,9 +112,6 @@ def _result(client: Client, future: Future) -> Any:
             f"a task of the cut failed on the cluster: {type(error).__name__}: {error}; nothing is published, run the "
             f"same command again"
         ) from error
-    if isinstance(found, DynamsError):
-        raise found
-    return found
 
 
 def _name(function: Callable[..., Any]) -> str:

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import os
 import time
+from collections import Counter
 from collections.abc import Iterator
 from functools import partial
 
 import pytest
-from distributed import Client
+from distributed import Client, get_worker
 
 from dynams_stream.errors import SelectionError, StoreError
+from pipeline import dask_map
 from pipeline.dask_map import ordered_dask_map
 
 
@@ -33,6 +35,11 @@ def fails_twice(item: int, marks: str) -> int:
     return item
 
 
+def in_task(item: int, seconds: float) -> str:
+    time.sleep(seconds)
+    return get_worker().get_current_task()
+
+
 def always_fails(item: int) -> int:
     raise ConnectionError("it stays")
 
@@ -43,7 +50,10 @@ def test_results_come_in_order(client: Client, items: int) -> None:
     assert found == [item * item + 7 for item in range(items)]
 
 
-def test_takes_no_more_than_its_window_and_leaves_nothing_behind(client: Client) -> None:
+def test_takes_no_more_than_its_window_and_leaves_nothing_behind(
+    client: Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(dask_map, "MOST_ITEMS", 3)
     taken = 0
 
     def endless() -> Iterator[int]:
@@ -55,7 +65,7 @@ def test_takes_no_more_than_its_window_and_leaves_nothing_behind(client: Client)
     results = iter(ordered_dask_map(client)(squared, endless()))
     for consumed in range(1, 12):
         assert next(results) == consumed * consumed
-        assert taken <= consumed + 2 * 2
+        assert taken <= consumed + 3 + 2 * 2 * 3
     results.close()  # type: ignore[attr-defined]
     deadline = time.monotonic() + 20
     while any(key.startswith("squared") for key in client.futures):
@@ -63,10 +73,19 @@ def test_takes_no_more_than_its_window_and_leaves_nothing_behind(client: Client)
         time.sleep(0.05)
 
 
-def test_our_errors_come_in_their_place_and_are_not_tried_again(client: Client) -> None:
-    results = iter(ordered_dask_map(client)(partial(fails_at, at=3), range(100)))
-    assert [next(results) for _ in range(3)] == [0, 1, 2]
-    with pytest.raises(StoreError, match="item 3: not a readable table"):
+def test_a_task_has_as_many_items_as_take_a_tenth_of_a_second(client: Client) -> None:
+    short = list(ordered_dask_map(client)(partial(in_task, seconds=0), range(1000)))
+    assert len(set(short)) < 100
+    assert max(Counter(short).values()) == dask_map.MOST_ITEMS
+    long = list(ordered_dask_map(client)(partial(in_task, seconds=0.11), range(8)))
+    assert len(set(long)) == 8
+
+
+@pytest.mark.parametrize("at", [3, 70])
+def test_our_errors_come_in_their_place_and_are_not_tried_again(client: Client, at: int) -> None:
+    results = iter(ordered_dask_map(client)(partial(fails_at, at=at), range(100)))
+    assert [next(results) for _ in range(at)] == list(range(at))
+    with pytest.raises(StoreError, match=f"item {at}: not a readable table"):
         next(results)
 
 
