@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from dynams_stream.cut_part import NOT_SCORED, Counts, Keys, ScorePart, count_labels, labelled_keys
+from dynams_stream.cut_part import BINS, NO_LABEL, NOT_SCORED, Counts, Keys, ScorePart, count_labels, labelled_keys
 from dynams_stream.strategy import Strategy
 
 
@@ -93,7 +93,7 @@ def low_counts(part: ScorePart, strategy: Strategy, labels: Counts, bins: Counts
     """
     keys, own = labelled_keys(part, strategy)
     high, low = _high(keys), (keys & np.uint32(0xFFFF)).astype(np.int64)
-    bin_of_class = bins[np.searchsorted(labels, own)]
+    bin_of_class = bins[class_slots(labels, own)]
     scored = keys != NOT_SCORED
     return LowCounts(
         _counted((own << 16 | low)[scored & (high == bin_of_class)]),
@@ -112,7 +112,7 @@ def class_candidates(
         common_ties: how many at the common one are given.
     """
     keys, labels = labelled_keys(part, strategy)
-    slots = np.searchsorted(thresholds.labels, labels)
+    slots = class_slots(thresholds.labels, labels)
     scored, key, own = keys != NOT_SCORED, keys.astype(np.int64), thresholds.keys[slots]
     certain = scored & ((key < own) | (key < thresholds.common))
     class_tie = scored & ~certain & (key == own)
@@ -132,6 +132,17 @@ def class_candidates(
         all_labels=count_labels(labels),
         certain_labels=count_labels(labels[certain]),
     )
+
+
+def class_slots(classes: Counts, labels: Counts) -> Counts:
+    """The place of each label among the classes, ascending, that all of them belong to."""
+    numbered = classes[classes != NO_LABEL]
+    if len(numbered) and numbered[0] >= 0 and numbered[-1] < 16 * BINS:  # looked up, which searching takes long for
+        places = np.zeros(int(numbered[-1]) + 2, dtype=np.int64)  # the first is that of `NO_LABEL`, which is below all
+        places[numbered + 1] = np.arange(len(classes) - len(numbered), len(classes))
+        found: Counts = places[np.maximum(labels, -1) + 1]
+        return found
+    return np.searchsorted(classes, labels)
 
 
 def rank_within(slots: Counts) -> Counts:
