@@ -1,13 +1,17 @@
-"""The exact cut: the k samples with the smallest (score, shard, row) of a whole dataset, in three reads of each part.
+"""The exact cut: the k samples with the smallest (score, shard, row) of a whole dataset.
 
-A score becomes a uint32 key whose order is the score's. Then, whatever the number of samples:
+A score becomes a uint32 key whose order is the score's. Of a dataset of many parts, some tell between which keys the
+threshold must lie, and one read of each part is enough: `window_cut`. Where there are few parts, where the threshold
+turns out to lie elsewhere, or what would have to be held takes too much memory, there are three reads of each part,
+whatever the number of samples:
 
     pass 1   histogram of the keys' high 16 bits, summed over the parts   → the bin that holds the k-th smallest key
     pass 2   histogram of the low 16 bits inside that bin                 → the k-th smallest key itself, the threshold
     pass 3   each part's positions below the threshold, and its first ties at it
 
 The parts come back in order, so the driver gives the remaining ties to the first samples by (shard, row) and writes
-the selection part by part. It holds two histograms and a few parts' results; a task holds one part's columns.
+the selection part by part. It holds two histograms and a few parts' results, at most `window_cut.MOST_BYTES` after one
+read; a task holds one part's columns.
 """
 
 from __future__ import annotations
@@ -22,15 +26,16 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from dynams_stream.class_counts import ClassCounts
 from dynams_stream.class_cut import ClassCut, find_class_cut, positions_by_class
 from dynams_stream.class_quotas import ClassQuotas
 from dynams_stream.cut_part import (
     BINS,
-    MOST_CLASSES,
     Counts,
     Histogram,
     PartSelection,
     ScorePart,
+    Threshold,
     candidates,
     count_labels,
     high_histogram,
@@ -43,6 +48,7 @@ from dynams_stream.ordered_map import OrderedMap
 from dynams_stream.selection import selected_count
 from dynams_stream.selection_file import selection_writer
 from dynams_stream.strategy import Strategy
+from dynams_stream.window_cut import cut_by_window
 
 __all__ = ["CutResult", "ScorePart", "exact_cut"]
 
@@ -63,7 +69,7 @@ class CutResult:
         excluded: of them, those that were excluded beforehand.
         selected: selected samples.
         per_class: for each label, how many samples have it ("all") and how many of them are selected ("selected").
-            Empty without labels, for a random order, and with more than `MOST_CLASSES` labels.
+            Empty without labels, for a random order, and with more than `cut_part.MOST_CLASSES` labels.
         selection: what the manifest says of `selection.parquet`: digests, and rows of each shard.
         sample_weight: canonical text of the expression that gave the weights; None without weights.
     """
@@ -111,17 +117,6 @@ class CutResult:
         }
 
 
-@dataclass(frozen=True)
-class _Threshold:
-    """The k-th smallest key, how many samples have it, and how many of those are selected."""
-
-    selected: int
-    scored: int
-    key: int = 0
-    ties: int = 0
-    ties_taken: int = 0
-
-
 def exact_cut(
     parts: Sequence[ScorePart],
     *,
@@ -158,13 +153,7 @@ def exact_cut(
     samples = sum(part.samples for part in parts)
     wanted = selected_count(fraction, samples)
     _require_consecutive(parts)
-    if quotas:
-        by_class = find_class_cut(parts, strategy, wanted, quotas, ordered_map)
-        threshold = _largest_threshold(by_class)
-        pieces: Iterable[PartSelection] = positions_by_class(parts, strategy, by_class, ordered_map)
-    else:
-        threshold = _find_threshold(parts, strategy, wanted, ordered_map)
-        pieces = _positions(parts, strategy, threshold, ordered_map)
+    threshold, pieces, classes = _settled(parts, strategy, wanted, quotas, ordered_map)
     excluded = sum(0 if part.excluded is None else len(part.excluded) for part in parts)
     if needs_scores and wanted and threshold.scored + excluded == 0:
         raise SelectionError(
@@ -173,11 +162,10 @@ def exact_cut(
         )
     if sample_weight is not None:
         pieces = ordered_map(partial(with_weights, weight=sample_weight), zip(parts, pieces, strict=True))
-    classes = _ClassCounts()
     with selection_writer(destination) as writer:
         for part, found in zip(parts, pieces, strict=True):
             writer.append(*rows_by_shard(part.counts, found.positions), found.weights)
-            classes.add(found)
+            classes.add(found.all_labels, *found.selected_labels)
         if writer.total != threshold.selected:
             raise StoreError(
                 f"{destination}: found {writer.total} of {threshold.selected} samples again; "
@@ -199,8 +187,26 @@ def exact_cut(
     )
 
 
+def _settled(
+    parts: Sequence[ScorePart],
+    strategy: Strategy,
+    wanted: int,
+    quotas: ClassQuotas | None,
+    ordered_map: OrderedMap,
+) -> tuple[Threshold, Iterable[PartSelection], ClassCounts]:
+    """The threshold, what is selected of each part, in order, and the counts of classes that those do not tell."""
+    if quotas:
+        by_class = find_class_cut(parts, strategy, wanted, quotas, ordered_map)
+        return _largest_threshold(by_class), positions_by_class(parts, strategy, by_class, ordered_map), ClassCounts()
+    by_window = cut_by_window(parts, strategy, wanted, ordered_map)
+    if by_window is not None:
+        return by_window.threshold, by_window.selections(), by_window.classes
+    threshold = _find_threshold(parts, strategy, wanted, ordered_map)
+    return threshold, _positions(parts, strategy, threshold, ordered_map), ClassCounts()
+
+
 def _positions(
-    parts: Sequence[ScorePart], strategy: Strategy, threshold: _Threshold, ordered_map: OrderedMap
+    parts: Sequence[ScorePart], strategy: Strategy, threshold: Threshold, ordered_map: OrderedMap
 ) -> Iterator[PartSelection]:
     """Pass 3: what is selected of each part; ties at the threshold go to the first by (shard, row)."""
     left = threshold.ties_taken
@@ -215,9 +221,9 @@ def _positions(
         )
 
 
-def _largest_threshold(cut: ClassCut) -> _Threshold:
+def _largest_threshold(cut: ClassCut) -> Threshold:
     """The largest selected score and, where classes compete for it, its ties."""
-    return _Threshold(
+    return Threshold(
         selected=cut.selected,
         scored=cut.scored,
         key=max(int(cut.thresholds.keys.max(initial=-1)), cut.thresholds.common),
@@ -236,15 +242,15 @@ def _require_consecutive(parts: Sequence[ScorePart]) -> None:
         shard += len(part.counts)
 
 
-def _find_threshold(parts: Sequence[ScorePart], strategy: Strategy, wanted: int, ordered_map: OrderedMap) -> _Threshold:
+def _find_threshold(parts: Sequence[ScorePart], strategy: Strategy, wanted: int, ordered_map: OrderedMap) -> Threshold:
     high, scored = _sum(ordered_map(partial(high_histogram, strategy=strategy), parts))
     selected = min(wanted, scored)
     if selected == 0:
-        return _Threshold(selected, scored)
+        return Threshold(selected, scored)
     high_bin, before = kth_bin(high, selected)
     low, _ = _sum(ordered_map(partial(low_histogram, strategy=strategy, high=high_bin), parts))
     low_bin, before_inside = kth_bin(low, selected - before)
-    return _Threshold(
+    return Threshold(
         selected=selected,
         scored=scored,
         key=high_bin << 16 | low_bin,
@@ -282,32 +288,7 @@ def rows_by_shard(shards: Counts, positions: npt.NDArray[np.uint32]) -> tuple[Co
     return counts, rows.astype(np.uint32)
 
 
-def _threshold_score(threshold: _Threshold, strategy: Strategy) -> float | None:
+def _threshold_score(threshold: Threshold, strategy: Strategy) -> float | None:
     if threshold.selected == 0:
         return None
     return key_score(threshold.key) if strategy.seed is None else threshold.key / 2**32
-
-
-class _ClassCounts:
-    """Samples and selected samples of each label, summed over the parts."""
-
-    def __init__(self) -> None:
-        self._counts: dict[int, dict[str, int]] = {}
-        self._too_many = False
-
-    def add(self, found: PartSelection) -> None:
-        if self._too_many:
-            return
-        self._add("all", *found.all_labels)
-        for labels in found.selected_labels:
-            self._add("selected", *labels)
-        if len(self._counts) > MOST_CLASSES:
-            self._too_many = True
-            self._counts.clear()
-
-    def _add(self, which: str, labels: Counts, counts: Counts) -> None:
-        for label, count in zip(labels.tolist(), counts.tolist(), strict=True):
-            self._counts.setdefault(label, {"all": 0, "selected": 0})[which] += count
-
-    def result(self) -> dict[int, dict[str, int]]:
-        return dict(sorted(self._counts.items()))

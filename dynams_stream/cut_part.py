@@ -29,7 +29,7 @@ _SIGN = np.uint32(0x80000000)
 _INFINITY = np.uint32(0x7F800000)
 Keys = npt.NDArray[np.uint32]
 Counts = npt.NDArray[np.int64]
-_Labels = npt.NDArray[np.int32] | npt.NDArray[np.int64]
+Labels = npt.NDArray[np.int32] | npt.NDArray[np.int64]
 
 
 @dataclass(frozen=True, eq=False)
@@ -134,6 +134,17 @@ class Histogram:
     scored: int
 
 
+@dataclass(frozen=True)
+class Threshold:
+    """The k-th smallest key, how many samples have it, and how many of those are selected."""
+
+    selected: int
+    scored: int
+    key: int = 0
+    ties: int = 0
+    ties_taken: int = 0
+
+
 @dataclass(frozen=True, eq=False)
 class Candidates:
     """The samples of one part that are below the threshold or among its first ties at it.
@@ -148,7 +159,7 @@ class Candidates:
 
     positions: npt.NDArray[np.uint32]
     ties: npt.NDArray[np.uint32]
-    tie_labels: _Labels
+    tie_labels: Labels
     all_labels: tuple[Counts, Counts]
     below_labels: tuple[Counts, Counts]
 
@@ -173,7 +184,7 @@ class PartSelection:
 def high_histogram(part: ScorePart, strategy: Strategy) -> Histogram:
     """Pass 1: how many keys have each value of the high 16 bits. Checks the part's lines as well."""
     if strategy.seed is not None:
-        keys = _part_keys(part, strategy)
+        keys = part_keys(part, strategy)
         excluded = 0 if part.excluded is None else len(part.excluded)
         return _compact(np.bincount(keys >> np.uint32(16), minlength=BINS), len(keys) - excluded)
     table = _read(part, (*strategy.columns, "shard", "row"))
@@ -185,7 +196,7 @@ def high_histogram(part: ScorePart, strategy: Strategy) -> Histogram:
 
 def low_histogram(part: ScorePart, strategy: Strategy, high: int) -> Histogram:
     """Pass 2: the low 16 bits of the keys whose high bits are `high`."""
-    keys = _part_keys(part, strategy)
+    keys = part_keys(part, strategy)
     inside = keys[keys >> np.uint32(16) == high] & np.uint32(0xFFFF)
     return _compact(np.bincount(inside, minlength=BINS), len(inside))
 
@@ -197,9 +208,9 @@ def _compact(histogram: npt.NDArray[np.intp], scored: int) -> Histogram:
 
 def candidates(part: ScorePart, strategy: Strategy, threshold: int, quota: int) -> Candidates:
     """Pass 3: the samples with a key below `threshold`, and the first `quota` with exactly that key."""
-    labels: _Labels = np.empty(0, dtype=np.int64)
+    labels: Labels = np.empty(0, dtype=np.int64)
     if strategy.seed is not None:
-        keys = _part_keys(part, strategy)
+        keys = part_keys(part, strategy)
     else:
         table = _read(part, (*strategy.columns, "label"))
         keys = _table_keys(part, table, strategy)
@@ -239,7 +250,7 @@ def with_weights(of: tuple[ScorePart, PartSelection], weight: Strategy) -> PartS
     return replace(found, weights=weights)
 
 
-def _labels(column: pa.ChunkedArray) -> _Labels:
+def _labels(column: pa.ChunkedArray) -> Labels:
     """The label of each line, or `NO_LABEL`; empty when no line has one."""
     if column.null_count == len(column):
         return np.empty(0, dtype=np.int64)
@@ -248,7 +259,7 @@ def _labels(column: pa.ChunkedArray) -> _Labels:
     return column.cast(pa.int64()).fill_null(NO_LABEL).to_numpy()  # type: ignore[no-any-return]
 
 
-def count_labels(labels: _Labels) -> tuple[Counts, Counts]:
+def count_labels(labels: Labels) -> tuple[Counts, Counts]:
     """Distinct labels, ascending, and how often each occurs; `NO_LABEL` is left out."""
     if len(labels) and labels.min() == NO_LABEL:
         labels = labels[labels != NO_LABEL]
@@ -260,7 +271,8 @@ def count_labels(labels: _Labels) -> tuple[Counts, Counts]:
     return values.astype(np.int64), counts.astype(np.int64)
 
 
-def _part_keys(part: ScorePart, strategy: Strategy) -> Keys:
+def part_keys(part: ScorePart, strategy: Strategy) -> Keys:
+    """The key of each sample; `NOT_SCORED` of those that are excluded, too."""
     if strategy.seed is None:
         return _table_keys(part, _read(part, strategy.columns), strategy)
     keys = random_keys(strategy.seed, part.first_shard, part.counts)
@@ -268,6 +280,15 @@ def _part_keys(part: ScorePart, strategy: Strategy) -> Keys:
         np.minimum(keys, NOT_SCORED - np.uint32(1), out=keys)  # an order that no sample shares with the excluded ones
         keys[part.excluded] = NOT_SCORED
     return keys
+
+
+def checked_keys(part: ScorePart, strategy: Strategy) -> tuple[Keys, Labels]:
+    """Key and label (or `NO_LABEL`) of each sample; no labels where none has one. Checks which samples they are."""
+    if strategy.seed is not None:
+        return part_keys(part, strategy), np.empty(0, dtype=np.int64)
+    table = _read(part, (*strategy.columns, "label", "shard", "row"))
+    _require_lines(part, table)
+    return _table_keys(part, table, strategy), _labels(table["label"])
 
 
 def labelled_keys(part: ScorePart, strategy: Strategy, *, check_lines: bool = False) -> tuple[Keys, Counts]:
