@@ -31,6 +31,8 @@ PARTS_AT_LEAST = 16
 """Small datasets are cut into about so many parts, to feed several workers."""
 PART_SAMPLES = 100_000
 """Samples of a part, between the two."""
+Member = tuple[str, int, int]
+"""Extension, byte offset in the shard, bytes."""
 _FOOTER_BYTES: Final = 1 << 20
 """Of footers that are kept, as they are written; in memory they are a dozen times larger."""
 
@@ -59,18 +61,17 @@ class ShardIndex:
         """How many samples the shard holds."""
         return len(self.starts) - 1
 
-    def members(self, row: int) -> list[tuple[str, int, int]]:
+    def members(self, row: int) -> list[Member]:
         """(extension, offset, size) of each member of `row`, in the order of the tar file."""
-        found = slice(int(self.starts[row]), int(self.starts[row + 1]))
-        return [
-            (self.extensions[code], offset, size)
-            for code, offset, size in zip(
-                self.extension_codes[found].tolist(),
-                self.offsets[found].tolist(),
-                self.sizes[found].tolist(),
-                strict=True,
-            )
-        ]
+        return self.members_of(row, row + 1)[0]
+
+    def members_of(self, first: int, stop: int) -> list[list[Member]]:
+        """`members` of each of several rows, `stop` not included."""
+        edges = self.starts[first : stop + 1].tolist()
+        inside = slice(edges[0], edges[-1])
+        extensions = [self.extensions[code] for code in self.extension_codes[inside].tolist()]
+        every = list(zip(extensions, self.offsets[inside].tolist(), self.sizes[inside].tolist(), strict=True))
+        return [every[start - edges[0] : end - edges[0]] for start, end in itertools.pairwise(edges)]
 
 
 @dataclass(frozen=True, eq=False)

@@ -16,7 +16,7 @@ from torch import Tensor
 from dynams_stream import storage
 from dynams_stream.dataset import Part
 from dynams_stream.errors import DynamsError, SampleError, ScoringError, ShardError, ShardUnreadableError, UsageError
-from dynams_stream.index import ShardIndex, read_part_index
+from dynams_stream.index import Member, ShardIndex, read_part_index
 from dynams_stream.ordered_map import ordered_thread_map
 from dynams_stream.scorer import Scorer
 from dynams_stream.store import Store
@@ -147,12 +147,12 @@ class Decoder:
             with self._clock.timed("read"):
                 samples = list(_read_rows(piece, self._scorer.extensions))
             with self._clock.timed("decode"):
+                _add_places(batch, piece)
                 for row, members in samples:
-                    batch.shards.append(piece.shard)
-                    batch.rows.append(row)
-                    batch.keys.append(piece.index.keys[row].as_py())
-                    with _of_sample(f"shard {piece.shard}, row {row}, key {batch.keys[-1]!r}"):
+                    try:
                         inputs.append(self._decode(batch, members))
+                    except (UsageError, MemoryError, RuntimeError) as error:
+                        raise _of_sample(error, piece, row) from error
         with self._clock.timed("decode"):
             batch.inputs = self._stacked(inputs)
         return batch
@@ -185,26 +185,28 @@ class Decoder:
         return tensor
 
 
-@contextmanager
-def _of_sample(where: str) -> Iterator[None]:
-    """Name the sample in errors that are not its own, but end the job."""
-    try:
-        yield
-    except UsageError as error:
-        raise UsageError(f"{where}: {error}") from error
-    except (MemoryError, RuntimeError) as error:
-        raise ScoringError(
-            f"{where}: too little memory to decode it ({type(error).__name__}: {error}); give the workers more memory, "
-            f"or start fewer of them"
-        ) from error
+def _of_sample(error: Exception, piece: ShardRows, row: int) -> DynamsError:
+    """An error that is not a sample's own, but ends the job, with the name of the sample that showed it."""
+    where = f"shard {piece.shard}, row {row}, key {piece.index.keys[row].as_py()!r}"
+    if isinstance(error, UsageError):
+        return UsageError(f"{where}: {error}")
+    return ScoringError(
+        f"{where}: too little memory to decode it ({type(error).__name__}: {error}); give the workers more memory, "
+        f"or start fewer of them"
+    )
+
+
+def _add_places(batch: Batch, piece: ShardRows) -> None:
+    """Add which samples a piece has."""
+    batch.shards += [piece.shard] * (piece.stop - piece.first)
+    batch.rows += range(piece.first, piece.stop)
+    batch.keys += piece.index.keys[piece.first : piece.stop].to_pylist()
 
 
 def _leave_out(batch: Batch, piece: ShardRows) -> list[None]:
     """Add the lines of samples that are not read."""
     count = piece.stop - piece.first
-    batch.shards += [piece.shard] * count
-    batch.rows += range(piece.first, piece.stop)
-    batch.keys += piece.index.keys[piece.first : piece.stop].to_pylist()
+    _add_places(batch, piece)
     batch.labels += [-1] * count
     batch.errors += [f"its shard was left out: {piece.reason}"] * count
     return [None] * count
@@ -212,36 +214,28 @@ def _leave_out(batch: Batch, piece: ShardRows) -> list[None]:
 
 def _read_rows(piece: ShardRows, extensions: frozenset[str]) -> Iterator[tuple[int, dict[str, bytes]]]:
     """(row, members) of consecutive rows, read in long sequential ranges."""
-    row = piece.first
-    while row < piece.stop:
-        start, stop, end = _block(piece.index, row, piece.stop)
+    rows = piece.index.members_of(piece.first, piece.stop)
+    first = 0
+    while first < len(rows):
+        start, stop, end = _block(rows, first)
         with _named(piece.url):
             data = piece.reader.pread(start, end - start) if end > start else b""
-        for current in range(row, stop):
+        for row in range(first, stop):
             yield (
-                current,
-                {
-                    ext: data[offset - start : offset - start + size]
-                    for ext, offset, size in piece.index.members(current)
-                    if ext in extensions
-                },
+                piece.first + row,
+                {ext: data[at - start : at - start + size] for ext, at, size in rows[row] if ext in extensions},
             )
-        row = stop
+        first = stop
 
 
-def _block(index: ShardIndex, row: int, last: int) -> tuple[int, int, int]:
+def _block(rows: Sequence[Sequence[Member]], first: int) -> tuple[int, int, int]:
     """Byte offset, row after the last, end offset of the next read: as many rows as fit, at least one."""
-    starts = index.starts
-    start = int(index.offsets[starts[row]]) if starts[row + 1] > starts[row] else 0
-    stop = row + 1
-    end = _end(index, row, start)
-    while stop < last and _end(index, stop, end) - start <= READ_BYTES:
-        end = _end(index, stop, end)
+    start = end = rows[first][0][1] if rows[first] else 0
+    stop = first
+    while stop < len(rows):
+        end_of_row = max((at + size for _, at, size in rows[stop]), default=end)
+        if stop > first and end_of_row - start > READ_BYTES:
+            break
+        end = end_of_row
         stop += 1
     return start, stop, end
-
-
-def _end(index: ShardIndex, row: int, default: int) -> int:
-    members = slice(int(index.starts[row]), int(index.starts[row + 1]))
-    ends = index.offsets[members] + index.sizes[members]
-    return int(ends.max()) if len(ends) else default
