@@ -42,10 +42,11 @@ bench: install
 	$(BIN)/python benchmarks/order.py
 	$(BIN)/python benchmarks/indexing.py
 	$(BIN)/python benchmarks/decoding.py
+	$(BIN)/python benchmarks/scoring.py --workloads small
 	$(BIN)/python benchmarks/proxy.py --models small_cnn resnet18
 	$(BIN)/python benchmarks/selection.py
 
-# Everything: some hours, 20 GB of disk.
+# Everything: some hours, 50 GB of disk.
 bench-full: bench-peers
 	$(BIN)/python benchmarks/streaming.py --full --folder runs/bench/data
 	$(BIN)/python benchmarks/set_up.py
@@ -56,9 +57,10 @@ bench-full: bench-peers
 	$(BIN)/python benchmarks/order.py --train runs/bench/order
 	$(BIN)/python benchmarks/indexing.py
 	$(BIN)/python benchmarks/decoding.py
+	$(BIN)/python benchmarks/scoring.py
 	$(BIN)/python benchmarks/proxy.py
 	$(BIN)/python benchmarks/selection.py --rows 100000000
-	$(BIN)/python benchmarks/selection.py --rows 1000000000 --runs 1 --only "dynams, threads"
+	$(BIN)/python benchmarks/selection.py --rows 1000000000 --runs 1 --only dynams
 	$(BIN)/python benchmarks/teacher_student.py
 	$(BIN)/python benchmarks/accuracy.py headline
 	$(BIN)/python benchmarks/accuracy.py frontier
