@@ -9,10 +9,8 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import socket
 import subprocess
-import sys
 import time
 from collections.abc import Iterator, Mapping
 from concurrent.futures import CancelledError
@@ -26,6 +24,7 @@ from distributed import Client
 from dynams_stream import errors
 from dynams_stream.errors import ScoringError, UsageError
 from pipeline.cluster_spec import ClusterSpec, read_cluster_spec
+from pipeline.own_python import own_command, own_environment
 
 logger = logging.getLogger(__name__)
 
@@ -188,11 +187,10 @@ def job_script(scheduler: str | None) -> str | None:
 @contextmanager
 def _cluster_process(request: dict[str, Any]) -> Iterator[dict[str, Any]]:
     """What `pipeline.cluster_process` answers; it is told to end with the block."""
-    command = [sys.executable, "-m", "pipeline.cluster_process", json.dumps(request)]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
+    command = own_command("pipeline.cluster_process", json.dumps(request))
     # A session of its own: Ctrl-C in the terminal reaches the caller alone, who then ends the cluster in order.
     process = subprocess.Popen(
-        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment, start_new_session=True
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=own_environment(), start_new_session=True
     )
     try:
         line = process.stdout.readline() if process.stdout else b""

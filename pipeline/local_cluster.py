@@ -41,6 +41,7 @@ def start_local(spec: ClusterSpec, device: str) -> LocalCluster:
         n_workers=workers,
         threads_per_worker=1,
         dashboard_address=None,
+        scheduler_kwargs={"dashboard_address": "127.0.0.1:0"},  # its server's: the default is another job's, and warns
         silence_logs=logging.CRITICAL,  # failures of tasks come back as errors; their tracebacks would only hide those
         env={"DYNAMS_CORES": str(max(1, cores // workers)), "DYNAMS_SHARED_GPUS": "1"},
         **_given(options, "memory_limit", "local_directory"),

@@ -25,6 +25,7 @@ from dynams_stream.errors import DynamsError, MissingExtraError, UsageError
 from dynams_stream.index import IndexedShard, index_shard
 from dynams_stream.ordered_map import ordered_thread_map
 from pipeline.cores import available_cores
+from pipeline.own_python import own_command, own_environment
 
 T = TypeVar("T")
 Outcome = IndexedShard | str
@@ -133,10 +134,10 @@ class _Process:
     def __init__(self) -> None:
         # A session of its own: Ctrl-C in the terminal reaches the caller alone, who then ends the process.
         self._process = subprocess.Popen(
-            [sys.executable, "-P", "-m", "pipeline.shard_scan"],
+            own_command("pipeline.shard_scan"),
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
-            env={**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)},
+            env=own_environment(),
             start_new_session=True,
         )
 

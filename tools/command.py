@@ -23,6 +23,7 @@ from rich.logging import RichHandler
 from rich.text import Text
 
 from dynams_stream.errors import DynamsError, LeaseLostError, RoundExistsError, StoreBusyError, UsageError
+from pipeline.own_python import import_from
 from pipeline.stopping import Terminated
 
 EXIT_FAILED, EXIT_USAGE, EXIT_BUSY = 1, 2, 3
@@ -47,8 +48,7 @@ def run(app: typer.Typer | Callable[[], Any], arguments: list[str] | None = None
         name: what help and errors call the command.
     """
     # `--model my_models:resnet18` is looked for where the command runs, as `python -m` does.
-    if os.getcwd() not in sys.path:
-        sys.path.insert(0, os.getcwd())
+    import_from(os.getcwd())
     signal.signal(signal.SIGTERM, _terminate)
     handler = RichHandler(console=stderr, show_path=False)
     # Its tracebacks would hide our message, and it sets its loggers' levels itself when it is imported.

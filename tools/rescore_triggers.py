@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-import os
 import re
 import signal
-import sys
-import sysconfig
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import typer
 
@@ -18,6 +14,7 @@ from dynams_stream.store import Store
 from pipeline import triggers
 from pipeline.checkpoints import CHECKPOINT_ENDINGS, require_folder
 from pipeline.lease import OnBusy, current_holder
+from pipeline.own_python import own_command, own_environment
 from pipeline.run_process import Ended, run_process
 from pipeline.run_records import TriggerRecord, record_failure
 from tools.command import EXIT_BUSY, EXIT_USAGE, same_command, say
@@ -120,8 +117,7 @@ class Runs:
     def __init__(self, store: Store, arguments: Sequence[str], *, waits: bool, max_runtime: str | None):
         self._store, self._waits, self._max_runtime = store, waits, max_runtime
         self._max_seconds = None if max_runtime is None else seconds_of(max_runtime, "--max-runtime")
-        # With -P a package `tools` where the command runs does not hide ours.
-        self._command = [sys.executable, "-P", "-m", "tools.rescore", *arguments]
+        self._command = own_command("tools.rescore", *arguments)
         self._is_first = True
         self._busy_with: int | None = None
 
@@ -135,7 +131,7 @@ class Runs:
             return "busy"
         command = [*self._command, f"--checkpoint={place}", "--once"]
         try:
-            ended = run_process(command, max_seconds=self._max_seconds, environment=_environment())
+            ended = run_process(command, max_seconds=self._max_seconds, environment=own_environment())
         except OSError as error:  # no memory for another process, perhaps
             return self._failed(place, f"its process could not be started: {error}")
         is_first, self._is_first = self._is_first, False
@@ -171,14 +167,6 @@ class Runs:
         say(f"{place}: the run failed: {error}")
         record_failure(self._store, place if place.endswith(CHECKPOINT_ENDINGS) else None, error)
         return "failed"
-
-
-def _environment() -> dict[str, str]:
-    """Where our packages are not installed (in a checkout), a run has to be told where they are."""
-    root = str(Path(__file__).resolve().parents[1])
-    if root == sysconfig.get_path("purelib"):
-        return dict(os.environ)
-    return {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))}
 
 
 _UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
