@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -90,22 +90,22 @@ def scored_round(store: Store, identity: Mapping[str, Any]) -> int | None:
 
 
 def newest_scores(store: Store, dataset: Dataset) -> int:
-    """The newest round with score tables of its own for this dataset.
+    """The newest round with score tables of its own for this dataset, judged by the first of them.
 
     Raises:
-        ScoresIncompleteError: when there is none, or the newest one is not complete.
+        ScoresIncompleteError: when there is none, or the newest one has too few tables.
     """
     for number in sorted(set(store.round_numbers()) - store.retired(), reverse=True):
-        done = finished_parts(store, number)
-        if any(part.identity["dataset"]["digest"] != dataset.digest for part in done.values()):
+        tables = _score_tables(store, number)
+        first = _first_part(tables)
+        if first is None or first.identity["dataset"]["digest"] != dataset.digest:
             continue
-        if done and len(done) < len(dataset.parts):
+        if len(tables) < len(dataset.parts):
             raise ScoresIncompleteError(
-                f"{store.url}: the newest score tables, of round {number}, are not complete ({len(done)} of "
+                f"{store.url}: the newest score tables, of round {number}, are not complete ({len(tables)} of "
                 f"{len(dataset.parts)} parts); run dynams score again to finish them, or name an earlier round"
             )
-        if done:
-            return number
+        return number
     raise ScoresIncompleteError(
         f"{store.url} holds no score tables of its newest dataset; run: dynams score --store {store.url} --model …"
     )
@@ -148,11 +148,13 @@ def scored_dataset(store: Store, number: int) -> Dataset:
 
 def _dataset_version(store: Store, number: int) -> int | None:
     """The dataset version that the first readable score table of a round names."""
-    for url in _score_tables(store, number):
-        found = _read_footer(url)
-        if found is not None:
-            return int(found.identity["dataset"]["version"])
-    return None
+    first = _first_part(_score_tables(store, number))
+    return None if first is None else int(first.identity["dataset"]["version"])
+
+
+def _first_part(tables: Iterable[str]) -> FinishedPart | None:
+    """Of the first readable score table."""
+    return next((part for part in map(_read_footer, tables) if part is not None), None)
 
 
 def score_parts(store: Store, dataset: Dataset, scored: int | None) -> list[ScorePart]:
