@@ -28,9 +28,10 @@ class ClassCounts:
             total[np.searchsorted(self._labels, values)] += counts
 
     def _make_room(self, labels: Counts) -> None:
+        places = np.searchsorted(self._labels, labels)
+        if len(self._labels) and np.array_equal(self._labels[np.minimum(places, len(self._labels) - 1)], labels):
+            return  # all are known, and nothing has to be sorted
         merged = np.union1d(self._labels, labels)
-        if len(merged) == len(self._labels):
-            return
         places = np.searchsorted(merged, self._labels)
         every, selected = np.zeros((2, len(merged)), dtype=np.int64)
         every[places], selected[places] = self._all, self._selected

@@ -65,7 +65,7 @@ def task_bytes(part: ScorePart, strategy: Strategy, weight: Strategy | None, by_
         weight: the expression of the weights.
         by_class: whether classes have quotas.
     """
-    a_row = 48 + 32 * by_class
+    a_row = 64 + 32 * by_class
     if weight is not None or strategy.text not in strategy.columns:  # a bare column is not computed with
         a_row += 16 * len({*strategy.columns, *(weight.columns if weight is not None else ())})
     return a_row * part.samples
@@ -185,13 +185,19 @@ def high_histogram(part: ScorePart, strategy: Strategy) -> Histogram:
     """Pass 1: how many keys have each value of the high 16 bits. Checks the part's lines as well."""
     if strategy.seed is not None:
         keys = part_keys(part, strategy)
-        excluded = 0 if part.excluded is None else len(part.excluded)
-        return _compact(np.bincount(keys >> np.uint32(16), minlength=BINS), len(keys) - excluded)
-    table = _read(part, (*strategy.columns, "shard", "row"))
-    _require_lines(part, table)
-    keys = _table_keys(part, table, strategy)
-    scored = int(np.count_nonzero(keys != NOT_SCORED))  # the others fill the last bin, behind any that is looked for
-    return _compact(np.bincount(keys >> np.uint32(16), minlength=BINS), scored)
+    else:
+        table = _read(part, (*strategy.columns, "shard", "row"))
+        _require_lines(part, table)
+        keys = _table_keys(part, table, strategy)
+    # What is not scored fills the last bin, behind any key that is looked for.
+    return _compact(np.bincount(keys >> np.uint32(16), minlength=BINS), count_scored(part, keys, strategy))
+
+
+def count_scored(part: ScorePart, keys: Keys, strategy: Strategy) -> int:
+    """How many of a part's samples can be selected; in a random order one of them may have the key `NOT_SCORED`."""
+    if strategy.seed is not None:
+        return len(keys) - (0 if part.excluded is None else len(part.excluded))
+    return int(np.count_nonzero(keys != NOT_SCORED))
 
 
 def low_histogram(part: ScorePart, strategy: Strategy, high: int) -> Histogram:

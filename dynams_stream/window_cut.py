@@ -22,7 +22,7 @@ from dynams_stream.class_counts import ClassCounts
 from dynams_stream.cut_part import NOT_SCORED, PartSelection, ScorePart, Threshold, count_labels
 from dynams_stream.ordered_map import OrderedMap
 from dynams_stream.strategy import Strategy
-from dynams_stream.window_cut_part import PartWindow, Window, sampled_keys, split_by_window
+from dynams_stream.window_cut_part import NO_COUNTS, PartWindow, Window, sampled_keys, split_by_window
 
 SAMPLED_PARTS = 16
 """Parts that tell where the window lies."""
@@ -31,10 +31,12 @@ SAMPLED_KEYS = 4096
 LEAST_PARTS = 4 * SAMPLED_PARTS
 """With fewer parts, looking at some of them beforehand saves little."""
 MOST_BYTES = 256 << 20
-"""What may be held of all parts together: the bits of 10⁹ samples, say, and 10⁷ samples inside the window."""
+"""What may be held of all parts together: the bits of 10⁹ samples, say, and 10⁷ samples inside the window. While the
+threshold is looked for, two thirds more."""
 _DEVIATIONS = 5.0
 """Half the window's width, in standard deviations of the share of samples below it, as the parts differ in that."""
-_NO_LABELS = (np.empty(0, dtype=np.int64), np.empty(0, dtype=np.int64))
+_INSIDE_BYTES = 12
+"""Of a sample inside the window: place, key, label."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -62,7 +64,7 @@ class WindowCut:
             selected = part.below()
             selected[part.positions[chosen]] = True
             labels = count_labels(part.labels[chosen] if len(part.labels) else part.labels)
-            yield PartSelection(np.flatnonzero(selected).astype(np.uint32), _NO_LABELS, (labels,))
+            yield PartSelection(np.flatnonzero(selected).astype(np.uint32), NO_COUNTS, (labels,))
 
 
 def cut_by_window(
@@ -79,33 +81,42 @@ def cut_by_window(
     samples = sum(part.samples for part in parts)
     if len(parts) < LEAST_PARTS or wanted == 0 or samples / 8 > MOST_BYTES:
         return None
-    window = guess_window(parts, strategy, wanted / samples, ordered_map)
-    return None if window is None else _cut_within(window, parts, strategy, wanted, ordered_map)
+    window, inside = guess_window(parts, strategy, wanted / samples, ordered_map)
+    if inside == 0 or samples * (1 / 8 + inside * _INSIDE_BYTES) > MOST_BYTES:
+        return None
+    return _cut_within(window, parts, strategy, wanted, ordered_map)
 
 
 def guess_window(
     parts: Sequence[ScorePart], strategy: Strategy, share: float, ordered_map: OrderedMap
-) -> Window | None:
-    """Where a few parts, evenly spread, have the key that `share` of all keys do not exceed; None if none is scored."""
-    filled = [part for part in parts if part.samples]
-    spread = np.linspace(0, len(filled) - 1, min(SAMPLED_PARTS, len(filled))).astype(np.int64)
-    chosen = [filled[place] for place in spread]
+) -> tuple[Window, float]:
+    """Where a few parts, evenly spread, have the key that `share` of all keys do not exceed.
+
+    Returns:
+        A window around that key, and which share of all samples it holds by those parts: 0 where they have no scores.
+    """
+    mean = sum(part.samples for part in parts) / len(parts)
+    large = [part for part in parts if part.samples >= mean / 2]  # a short last part would tell little
+    places = np.linspace(0, len(large) - 1, min(SAMPLED_PARTS, len(large))).astype(np.int64)
+    chosen = [large[place] for place in places]
     sampled = list(ordered_map(partial(sampled_keys, strategy=strategy, most=SAMPLED_KEYS), chosen))
-    sizes = np.array([part.samples for part in chosen], dtype=np.float64)
-    keys = np.concatenate(sampled)
-    weights = np.repeat(sizes / [len(some) for some in sampled], [len(some) for some in sampled])
+    sizes, lengths = np.array([part.samples for part in chosen]), np.array([len(some) for some in sampled])
+    keys, weights = np.concatenate(sampled), np.repeat(sizes / lengths, lengths)
     order = np.argsort(keys, kind="stable")
     keys, shares = keys[order], np.cumsum(weights[order]) / sizes.sum()
     scored = int(np.searchsorted(keys, NOT_SCORED))
     if scored == 0:
-        return None
+        return Window(0, 0), 0.0
     middle = min(share, float(shares[scored - 1]))
     at = keys[_place(shares, middle)]
     of_parts = np.array([np.searchsorted(some, at, side="right") / len(some) for some in sampled])
-    margin = _DEVIATIONS * float(of_parts.std()) / math.sqrt(len(chosen)) + 2 / min(map(len, sampled))
+    margin = _DEVIATIONS * float(of_parts.std()) / math.sqrt(len(chosen)) + 2 / float(lengths.min())
     low = 0 if middle <= margin else int(keys[_place(shares, middle - margin)])
-    high = NOT_SCORED - 1 if middle + margin >= shares[scored - 1] else keys[_place(shares, middle + margin)]
-    return Window(low, int(min(high, NOT_SCORED - 1)))
+    high = int(NOT_SCORED) - 1
+    if middle + margin < shares[scored - 1]:
+        high = int(keys[_place(shares, middle + margin)])
+    first, stop = np.searchsorted(keys, low), np.searchsorted(keys, high, side="right")
+    return Window(low, high), float(weights[order][first:stop].sum() / sizes.sum())
 
 
 def _place(shares: np.ndarray, share: float) -> int:

@@ -7,10 +7,11 @@ from dataclasses import dataclass, replace
 import numpy as np
 import numpy.typing as npt
 
-from dynams_stream.cut_part import NOT_SCORED, Counts, Keys, Labels, ScorePart, checked_keys, count_labels, part_keys
+from dynams_stream.cut_part import Counts, Keys, Labels, ScorePart, checked_keys, count_labels, count_scored, part_keys
 from dynams_stream.strategy import Strategy
 
-_NO_COUNTS: tuple[Counts, Counts] = (np.empty(0, dtype=np.int64), np.empty(0, dtype=np.int64))
+NO_COUNTS: tuple[Counts, Counts] = (np.empty(0, dtype=np.int64), np.empty(0, dtype=np.int64))
+"""Of no labels."""
 
 
 @dataclass(frozen=True)
@@ -54,7 +55,7 @@ class PartWindow:
 
     def without_label_counts(self) -> PartWindow:
         """The same without them: summed over the parts they are small, kept for each they are not."""
-        return replace(self, all_labels=_NO_COUNTS, below_labels=_NO_COUNTS)
+        return replace(self, all_labels=NO_COUNTS, below_labels=NO_COUNTS)
 
     def below(self) -> npt.NDArray[np.bool_]:
         """Whether each sample's key is below the window."""
@@ -71,16 +72,15 @@ def split_by_window(part: ScorePart, strategy: Strategy, window: Window) -> Part
     """Read a part and split it. Checks the part's lines as well."""
     keys, labels = checked_keys(part, strategy)
     below = keys < window.low
-    inside = np.flatnonzero(
-        keys - np.uint32(window.low) <= np.uint32(window.high - window.low)
-    )  # wraps around below it
+    above_low = keys - np.uint32(window.low)  # keys below the window wrap around, to more than any above it
+    inside = np.flatnonzero(above_low <= np.uint32(window.high - window.low)).astype(np.uint32)
     places = np.flatnonzero(below)
     return PartWindow(
         samples=len(keys),
-        scored=int(np.count_nonzero(keys != NOT_SCORED)),
+        scored=count_scored(part, keys, strategy),
         below_bits=np.packbits(below),
         below_count=len(places),
-        positions=inside.astype(np.uint32),
+        positions=inside,
         keys=keys[inside],
         labels=labels[inside] if len(labels) else labels,
         all_labels=count_labels(labels),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 import time
 import uuid
 from collections import deque
@@ -23,23 +24,25 @@ B = TypeVar("B")
 
 TASK_SECONDS = 0.1
 """What a task should take about: a scheduler spends some thousandths of a second on each, however short."""
+TASK_BYTES = 1 << 20
+"""What the items of a task, or their results, should take at most: scheduler and workers hold those of some tasks."""
 MOST_ITEMS = 32
-"""Items of a task at most; a worker holds the results of some tasks."""
+"""Items of a task at most."""
 LOOK_SECONDS = 2.0
 """How often the cluster is asked how much it runs at once: workers come and go."""
 RETRIES = 2
-"""Of a task that fails with anything but an error of ours: a connection that broke, say."""
+"""Of a whole task that fails with anything but an error of ours: a connection that broke, say."""
 
 
 def ordered_dask_map(client: Client) -> OrderedMap:
     """A `map` whose functions run as tasks of a cluster; they and their items are pickled.
 
     At most twice as many tasks as the cluster runs at once are in flight, so that memory stays flat here and there.
-    A task has one item to begin with, and more where an item takes little time. The first error, in the order of the
-    items, is raised in its place; tasks that nobody needs any more are cancelled.
+    A task has one item to begin with, and more where items are small and take little time. The first error, in the
+    order of the items, is raised in its place; tasks that nobody needs any more are cancelled.
 
     Raises:
-        SelectionError: a task failed with an error that is none of this library's.
+        SelectionError: a task failed with an error that is none of this library's, before the results of its items.
     """
 
     def mapped(function: Callable[[A], B], items: Iterable[A], /) -> Iterator[B]:
@@ -59,8 +62,10 @@ def ordered_dask_map(client: Client) -> OrderedMap:
             submit_up_to(most)
             while waiting:
                 future = waiting.popleft()
-                done = _result(client, future)
-                future.release()
+                try:
+                    done = _result(client, future)
+                finally:
+                    future.release()
                 yield from done.results
                 if done.error is not None:
                     raise done.error
@@ -76,11 +81,19 @@ def ordered_dask_map(client: Client) -> OrderedMap:
 
 @dataclass(frozen=True)
 class _Done:
-    """What a task gives: results of its items, up to the first of our errors, and the seconds that it took."""
+    """What a task gives.
+
+    Attributes:
+        results: of its items, up to the first of our errors.
+        error: that one.
+        seconds: how long all took.
+        bytes: the size of all items, or of their results where that is more.
+    """
 
     results: list[Any]
     error: DynamsError | None
     seconds: float
+    bytes: int
 
 
 def _guarded(function: Callable[[A], B], chunk: Sequence[A]) -> _Done:
@@ -92,13 +105,15 @@ def _guarded(function: Callable[[A], B], chunk: Sequence[A]) -> _Done:
             results.append(function(item))
     except DynamsError as found:
         error = found
-    return _Done(results, error, time.perf_counter() - began)
+    seconds = time.perf_counter() - began
+    return _Done(results, error, seconds, max(len(pickle.dumps(chunk, 5)), len(pickle.dumps(results, 5))))
 
 
 def _suitable(items: int, done: _Done) -> int:
-    """How many items the next tasks have: at most twice as many as the ones before, fewer where they took long."""
+    """How many items the next tasks have: at most twice as many as before, fewer where they took long or much room."""
     of_time = int(TASK_SECONDS * len(done.results) / max(done.seconds, 1e-6))
-    return max(1, min(of_time, 2 * items, MOST_ITEMS))
+    of_room = TASK_BYTES * len(done.results) // max(done.bytes, 1)
+    return max(1, min(of_time, of_room, 2 * items, MOST_ITEMS))
 
 
 def _result(client: Client, future: Future) -> _Done:

@@ -40,6 +40,10 @@ def in_task(item: int, seconds: float) -> str:
     return get_worker().get_current_task()
 
 
+def large(item: bytes) -> tuple[str, bytes]:
+    return get_worker().get_current_task(), item * ((1 << 20) // len(item))
+
+
 def always_fails(item: int) -> int:
     raise ConnectionError("it stays")
 
@@ -79,6 +83,13 @@ def test_a_task_has_as_many_items_as_take_a_tenth_of_a_second(client: Client) ->
     assert max(Counter(short).values()) == dask_map.MOST_ITEMS
     long = list(ordered_dask_map(client)(partial(in_task, seconds=0.11), range(8)))
     assert len(set(long)) == 8
+
+
+def test_large_items_and_results_are_not_put_together(client: Client) -> None:
+    found = list(ordered_dask_map(client)(large, [b"x"] * 12))
+    assert len({task for task, _ in found}) == 12
+    found = list(ordered_dask_map(client)(large, [b"x" * (1 << 19)] * 12))
+    assert max(Counter(task for task, _ in found).values()) <= 2
 
 
 @pytest.mark.parametrize("at", [3, 70])

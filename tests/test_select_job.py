@@ -84,7 +84,7 @@ def test_as_many_threads_as_memory_allows(monkeypatch: pytest.MonkeyPatch) -> No
         expression = None if weight is None else Strategy.parse(weight)
         return select_job._thread_count(parts, Strategy.parse(strategy), expression, ClassQuotas(False, least))
 
-    assert (threads(100_000), threads(500_000), threads(10_000_000)) == (48, 13, 1)
+    assert (threads(100_000), threads(500_000), threads(10_000_000)) == (48, 10, 1)
     assert threads(500_000) > threads(500_000, "-loss") > threads(500_000, "-loss", least=1) > 1
     assert threads(500_000, weight="1 - confidence") == threads(500_000, "distance + confidence")
     assert threads(500_000, "random:1") == threads(500_000)

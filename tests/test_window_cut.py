@@ -10,17 +10,19 @@ from typing import Any
 
 import numpy as np
 import pytest
+from distributed import Client
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from test_cut import full_sort, scores_values, selected_rows, write_part, written_fractions
 
-from dynams_stream import storage, window_cut
+from dynams_stream import class_counts, storage, window_cut
 from dynams_stream.class_counts import ClassCounts
 from dynams_stream.cut import CutResult, ScorePart, exact_cut
 from dynams_stream.cut_part import MOST_CLASSES
 from dynams_stream.errors import StoreError
 from dynams_stream.ordered_map import ordered_thread_map
 from dynams_stream.strategy import Strategy
+from pipeline.dask_map import ordered_dask_map
 
 DISTANCE = Strategy.parse("distance")
 PARTS = window_cut.LEAST_PARTS
@@ -98,6 +100,36 @@ def test_any_order_by_any_number_of_threads(tmp_path: Path, reads: Counter[str],
     for workers in (1, 3):
         assert cut(tmp_path, parts, **how, ordered_map=ordered_thread_map(workers)) == expected
     assert max(reads.values(), default=0) <= 4  # of two cuts
+
+
+def test_the_largest_key_of_a_random_order_is_a_key(tmp_path: Path, reads: Counter[str]) -> None:
+    """Of this seed shard 3, row 5 has 0xFFFFFFFF, which means "not scored" of scores."""
+    strategy = Strategy.parse("random:13709802839714891104")
+    parts = [ScorePart(None, number, number, np.array([10])) for number in range(PARTS)]
+    for fraction, selected in (("0.5", PARTS * 5), ("1", PARTS * 10)):
+        found = cut(tmp_path, parts, fraction, strategy=strategy)
+        assert found == three_reads(tmp_path, parts, fraction, strategy=strategy)
+        assert (found[0].selected, found[0].failed) == (selected, 0)
+
+
+def test_weights_come_with_it(tmp_path: Path, reads: Counter[str]) -> None:
+    parts = make_parts(tmp_path, gamma_scores())
+    weights = {"sample_weight": Strategy.parse("distance + 1")}
+    assert cut(tmp_path, parts, **weights) == three_reads(tmp_path, parts, **weights)
+
+
+def test_more_labels_than_classes_are_not_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(class_counts, "MOST_CLASSES", 4)
+    parts = make_parts(tmp_path, gamma_scores(), [[row % 5 for row in range(200)]] * PARTS)
+    found = cut(tmp_path, parts)
+    assert found == three_reads(tmp_path, parts)
+    assert not found[0].per_class
+
+
+def test_tasks_of_a_cluster(tmp_path: Path, client: Client) -> None:
+    parts = make_parts(tmp_path, gamma_scores(), [[row % 5 for row in range(200)]] * PARTS)
+    expected = cut(tmp_path, parts)
+    assert cut(tmp_path, parts, ordered_map=ordered_dask_map(client)) == expected
 
 
 @settings(deadline=None, max_examples=200, suppress_health_check=[HealthCheck.function_scoped_fixture])
