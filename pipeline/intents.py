@@ -82,15 +82,17 @@ class ClaimedRound(NamedTuple):
 def round_to_publish(store: Store, scored: int | None, intent: Mapping[str, Any]) -> ClaimedRound:
     """The scored round itself while no other selection was begun in it; else a round that will name its scores.
 
-    An interrupted job finds the round it had begun: equal intents make equal bytes.
+    It is later than all that are published, so that loaders take it up as the latest. An interrupted job finds the
+    round it had begun: equal intents make equal bytes.
     """
-    if scored is not None and not store.is_published(scored):
+    newest = max((published.number for published in store.rounds()), default=0)
+    if scored is not None and scored > newest:
         claim = store.claim_selection(scored, intent)
         if claim:
             made = schema.selection_claim_path(scored) if claim is SelectionClaim.MADE else None
             return ClaimedRound(scored, made)
     for number, claimed in store.claims().items():
-        if claimed == intent and not store.is_published(number):
+        if claimed == intent and number > newest:
             return ClaimedRound(number, None)
     number = store.claim_round(intent)
     return ClaimedRound(number, schema.claim_path(number))

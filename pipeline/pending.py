@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,10 +14,10 @@ import pyarrow.parquet as pq
 from dynams_stream import schema, storage
 from dynams_stream.cut import ScorePart
 from dynams_stream.dataset import Dataset
-from dynams_stream.errors import RoundNotFoundError, ScoresIncompleteError
+from dynams_stream.errors import RoundNotFoundError, ScoresIncompleteError, ScoringError
 from dynams_stream.ordered_map import ordered_thread_map
 from dynams_stream.parquet_footer import read_footer
-from dynams_stream.store import Store
+from dynams_stream.store import Round, Store
 from pipeline.receipt import Receipt, allowed_failures, bad_shards, failed_samples, first_errors, name_bad_shards
 
 FOOTER_THREADS = 8
@@ -64,6 +64,12 @@ def _read_footer(url: str) -> FinishedPart | None:
         )
     except (pa.ArrowException, OSError, KeyError, ValueError, TypeError, AttributeError):  # thrift's is an OSError
         return None
+
+
+def unpublished_rounds(store: Store, published: Collection[Round]) -> list[int]:
+    """Rounds that were begun, but neither they nor a round that was cut from their score tables is published."""
+    done = {number for one in published for number in (one.number, one.scores_of)}
+    return [number for number in sorted(store.round_numbers()) if number not in done]
 
 
 def are_published(store: Store, number: int) -> bool:
@@ -204,6 +210,27 @@ def complete_parts(store: Store, dataset: Dataset, scored: int, max_bad_shards: 
             f"mend them and run dynams score again, or allow so many for a round that is partial"
         )
     return done
+
+
+def require_content(store: Store, label: str, receipts: Collection[Receipt]) -> None:
+    """Refuse score tables that had no error in any sample's eyes and are yet of no use.
+
+    Args:
+        label: what samples were labelled by, "" for nothing.
+
+    Raises:
+        ScoringError: every sample failed, or none has such a label.
+    """
+    samples = sum(receipt.samples for receipt in receipts)
+    if samples and samples == sum(receipt.failed for receipt in receipts):
+        reasons = first_errors(receipts) + tuple(bad.reason for bad in bad_shards(receipts)[:20])
+        shown = "\n  ".join(reasons)
+        raise ScoringError(f"{store.url}: every one of {samples} samples failed:\n  {shown}")
+    if samples and label and not any(receipt.labelled for receipt in receipts):
+        raise ScoringError(
+            f"{store.url}: none of {samples} samples has a label {label!r}; score again with the right --label, or "
+            f"without labels with --label ''"
+        )
 
 
 def require_few_failures(store: Store, number: int, parts: Mapping[int, FinishedPart], max_errors: int | None) -> None:

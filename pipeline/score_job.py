@@ -21,7 +21,7 @@ from pipeline.cluster import dask_client
 from pipeline.cores import available_cores
 from pipeline.lease import OnBusy, store_lease
 from pipeline.part_runs import PartRuns
-from pipeline.pending import are_published, finished_parts, scored_round
+from pipeline.pending import are_published, finished_parts, require_content, scored_round
 from pipeline.receipt import (
     BadShard,
     Receipt,
@@ -177,7 +177,7 @@ def score_round(
                     _check_failures(store, receipts, limit)
     _check_counts(dataset, receipts)
     _check_failures(store, receipts, limit)
-    _check_content(store, spec, receipts)
+    require_content(store, spec.label or "", receipts.values())
     fresh = [receipt for part, receipt in receipts.items() if part not in resumed]
     return ScoredRound(
         number=number,
@@ -276,20 +276,6 @@ def _check_failures(store: Store, receipts: Mapping[int, Receipt], limit: int) -
         shown = "\n  ".join(first_errors(receipts.values()))
         raise ScoringError(
             f"{store.url}: {failed} of {samples} samples failed, {limit} are allowed (--max-errors):\n  {shown}"
-        )
-
-
-def _check_content(store: Store, spec: ScorerSpec, receipts: Mapping[int, Receipt]) -> None:
-    """Refuse a job that had no error in any sample's eyes and is yet of no use."""
-    samples = sum(receipt.samples for receipt in receipts.values())
-    if samples and samples == sum(receipt.failed for receipt in receipts.values()):
-        reasons = first_errors(receipts.values()) + tuple(bad.reason for bad in bad_shards(receipts.values())[:20])
-        shown = "\n  ".join(reasons)
-        raise ScoringError(f"{store.url}: every one of {samples} samples failed:\n  {shown}")
-    if samples and spec.label and not any(receipt.labelled for receipt in receipts.values()):
-        raise ScoringError(
-            f"{store.url}: none of {samples} samples has a label {spec.label!r}; name the right one with --label, "
-            f"or score without labels with --label ''"
         )
 
 

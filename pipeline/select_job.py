@@ -13,6 +13,7 @@ from dynams_stream import schema, storage
 from dynams_stream.class_quotas import ClassQuotas
 from dynams_stream.cut import ScorePart, exact_cut, rows_by_shard
 from dynams_stream.cut_part import task_bytes
+from dynams_stream.dataset import Dataset
 from dynams_stream.errors import ScoresIncompleteError, UsageError
 from dynams_stream.faithfulness import Faithfulness
 from dynams_stream.ordered_map import OrderedMap, ordered_thread_map
@@ -33,6 +34,7 @@ from pipeline.pending import (
     complete_parts,
     finished_parts,
     may_be_replaced,
+    require_content,
     require_few_failures,
     score_parts,
     tables_to_cut,
@@ -83,7 +85,7 @@ def select_round(
         fraction: γ, the selected part of all samples; the decimal as written counts.
         strategy: an expression over score columns, such as `distance` or `abs(margin)`, or `random:SEED`.
         scores_of: the round whose score tables are cut, in the dataset version that they were made from; by default the
-            newest complete ones of the newest dataset.
+            newest ones of the newest dataset.
         client, scheduler: a Dask cluster whose tasks read the tables, see `pipeline.cluster.dask_client`. Without one
             threads of this process do, which is faster where they reach the tables as fast; the bytes are the same.
         workers: how many threads; by default one per core, or as many as hold `THREADS_BYTES` together.
@@ -111,8 +113,10 @@ def select_round(
         MissingExtraError: cleanlab is needed and missing.
         ScoresIncompleteError: when score tables are missing, were made without too many shards, or lack the scores of
             too many samples.
+        ScoringError: when the scoring job refused them: no sample has a label, or a score.
         RoundNotFoundError: when `dynams gc` removes the score tables, or the round that was begun for them.
-        StoreBusyError: another job may be about to score again what failed, or shards that were left out.
+        StoreBusyError: another job makes the tables that are missing, or may be about to score again what failed, or
+            shards that were left out.
         SelectionError: when no sample has a value to select on, or a selected one no weight.
         RoundExistsError: when another job published the round first.
     """
@@ -120,8 +124,7 @@ def select_round(
     weight = require_options(chosen, quotas, exclude_noisy, sample_weight)
     started = now()
     gamma = recorded_fraction(fraction)
-    scored, dataset = (None, store.dataset()) if chosen.seed is not None else tables_to_cut(store, scores_of)
-    parts = {} if scored is None else complete_parts(store, dataset, scored, max_bad_shards)
+    scored, dataset, parts = _what_to_cut(store, chosen, scores_of, max_bad_shards)
     judged_by = score_history(store, dataset, scored) if exclude_noisy and scored is not None else None
     left_out = [bad.shard for bad in bad_shards(part.receipt for part in parts.values())]
     intent = selection_intent(dataset.digest, scored, str(chosen), gamma, quotas, judged_by, left_out, weight)
@@ -129,6 +132,8 @@ def select_round(
     if earlier is not None and (not as_newest or earlier.number == store.round("latest").number):
         return SelectResult(earlier, published=False)
     if scored is not None:
+        receipts = [part.receipt for part in parts.values()]
+        require_content(store, parts[0].identity["scorer"]["label"] or "", receipts)
         require_few_failures(store, scored, parts, max_errors)
     with _apart_from_scoring(store, scored, parts) as lease:
         parts_to_cut = score_parts(store, dataset, scored)
@@ -163,6 +168,20 @@ def select_round(
         if left_out:
             logger.warning(f"round {number} is partial: {len(left_out)} shards were left out, first {left_out[0]}")
         return SelectResult(store.publish(number, manifest, still_ours=still_ours or lease), published=True)
+
+
+def _what_to_cut(
+    store: Store, strategy: Strategy, scores_of: int | None, max_bad_shards: int
+) -> tuple[int | None, Dataset, dict[int, FinishedPart]]:
+    """The round that was scored, its dataset version, and its score tables; a random order needs none."""
+    if strategy.seed is not None:
+        return None, store.dataset(), {}
+    try:
+        scored, dataset = tables_to_cut(store, scores_of)
+        return scored, dataset, complete_parts(store, dataset, scored, max_bad_shards)
+    except ScoresIncompleteError:
+        with store_lease(store, "select"):  # busy, it names the job that makes what is missing
+            raise
 
 
 @contextmanager

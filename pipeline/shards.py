@@ -71,7 +71,8 @@ def write_shards(
     there = _shards_there(place, prefix)
     if there and not overwrite:
         raise UsageError(
-            f"{place} holds {len(there)} shards named {prefix}-….tar; choose another folder, or ask to overwrite them"
+            f"{place} holds {len(there)} shards named {prefix}-….tar; choose another folder, or overwrite them "
+            f"(--overwrite)"
         )
     total = len(samples) if isinstance(samples, Sequence) else 0
     stream = _in_order(samples, shuffle_seed)

@@ -29,6 +29,7 @@ from dynams_stream.ordered_map import OrderedMap, ordered_thread_map
 from dynams_stream.store import Round, Store
 from pipeline.cores import available_cores
 from pipeline.orphans import is_being_written, orphans, strangers
+from pipeline.pending import unpublished_rounds
 from pipeline.verify_cut import check_cut
 from pipeline.verify_round import Problem, RoundCheck, checked_table, has_lines_of, reason_of
 
@@ -88,13 +89,12 @@ def verify_store(
         problems += found
         if progress is not None:
             progress(done, files + len(rounds))
-    published = {one.number for one in rounds}
     unnamed = chain(orphans(store, datasets.values(), rounds), strangers(store, datasets.values())) if whole else ()
     return Verification(
         files=len(datasets) + len(rounds) + files,
         problems=tuple(problems),
         orphans=tuple(path for path in unnamed if not is_being_written(store, path)),
-        unfinished=tuple(number for number in store.round_numbers() if number not in published),
+        unfinished=tuple(unpublished_rounds(store, rounds)),
         without_hashes=tuple(
             one.number for one in rounds if one.manifest["score_parts"] and "score_footers_sha256" not in one.manifest
         ),

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import math
 import re
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,15 +21,25 @@ import toy_models
 from dynams_stream import ScorerSpec, Store, schema
 from dynams_stream.class_quotas import ClassQuotas
 from dynams_stream.cut_part import ScorePart
-from dynams_stream.errors import RoundNotFoundError, ScoresIncompleteError, SelectionError, StoreError, UsageError
+from dynams_stream.errors import (
+    RoundNotFoundError,
+    ScoresIncompleteError,
+    ScoringError,
+    SelectionError,
+    StoreBusyError,
+    StoreError,
+    UsageError,
+)
 from dynams_stream.samples import SelectedSamples
 from dynams_stream.store import SelectionClaim
 from dynams_stream.strategy import Strategy
 from pipeline import select_job
 from pipeline.intents import selection_intent
+from pipeline.pending import unpublished_rounds
 from pipeline.rounds import run_round
 from pipeline.score_job import score_round
 from pipeline.select_job import select_round
+from pipeline.verify_job import verify_store
 from tools.select_subset import app
 
 LINEAR = ScorerSpec(model="toy_models:linear", input="png", label="cls", transform="toy_models:gray")
@@ -214,7 +226,8 @@ def test_an_interrupted_selection_is_taken_up_again(scored: Store) -> None:
     assert other.number == 2
     assert Path(scored.path(schema.selection_path(made.number))).read_bytes() == selection
     assert select_round(scored, fraction=0.1).round.number == 2
-    assert select_round(scored, fraction=0.3).round.number == 1
+    assert select_round(scored, fraction=0.3).round.number == 3  # not 1: loaders take up the latest
+    assert not verify_store(scored).problems
 
 
 @pytest.mark.parametrize(
@@ -264,6 +277,51 @@ def test_scores_that_failed_too_often_are_not_published(digit_store: Store, clie
     assert select_round(digit_store, fraction=0.3).published is False  # what is there is found
     made = run_round(digit_store, picky, weights=path, fraction=0.2, client=client, max_errors=failed, check_samples=0)
     assert made.counts["failed"] == failed
+
+
+def test_what_is_published_last_is_the_latest(scored: Store, client: Client, tmp_path: Path) -> None:
+    assert select_round(scored, fraction=0.3).round.number == 1
+    torch.save(toy_models.linear(seed=1).state_dict(), path := tmp_path / "next.pt")
+    again = score_round(scored, LINEAR, checkpoint=str(path), epoch=5, client=client)
+    assert again.number == 2
+    assert select_round(scored, fraction=0.2, scores_of=1).round.number == 3
+    assert unpublished_rounds(scored, scored.rounds()) == [2]
+    made = run_round(scored, LINEAR, weights=str(path), fraction=0.1, client=client, check_samples=0)
+    assert (made.number, made.scores_of, made.epoch) == (4, 2, 5)
+    assert scored.round().number == 4
+    assert unpublished_rounds(scored, scored.rounds()) == []
+    assert SelectedSamples(scored).round == 4
+
+
+def test_tables_that_the_scoring_job_refused_are_not_cut(digit_store: Store, client: Client, tmp_path: Path) -> None:
+    torch.save(toy_models.linear().state_dict(), path := tmp_path / "linear.pt")
+    with pytest.raises(ScoringError, match="none of 1437 samples has a label 'json:no'"):
+        score_round(digit_store, replace(LINEAR, label="json:no"), checkpoint=str(path), client=client)
+    with pytest.raises(ScoringError, match="none of 1437 samples has a label 'json:no'"):
+        select_round(digit_store, fraction=0.3)
+    assert not digit_store.rounds()
+
+
+def test_while_a_job_makes_the_tables_it_is_named(scored: Store) -> None:
+    Path(scored.path(schema.scores_path(1, 4))).unlink()
+    code = "import sys, time; from dynams_stream import Store; from pipeline.lease import store_lease\n"
+    code += "with store_lease(Store(sys.argv[1]), 'score'): print('held', flush=True); time.sleep(60)"
+    with subprocess.Popen([sys.executable, "-c", code, scored.url], stdout=subprocess.PIPE, text=True) as other:
+        assert other.stdout is not None
+        assert other.stdout.readline() == "held\n"
+        with pytest.raises(StoreBusyError, match=f"score.*{other.pid}"):
+            select_round(scored, fraction=0.3)
+        other.kill()
+
+
+def test_a_dry_run_names_the_tables_or_what_is_missing(scored: Store, tmp_path: Path) -> None:
+    command = ["--store", scored.url, "--fraction", "0.3", "--dry-run", "--json"]
+    assert json.loads(CliRunner().invoke(app, command).stdout) == {
+        "selected": 432, "samples": 1437, "strategy": "distance", "scores_of": 1,
+    }  # fmt: skip
+    Path(scored.path(schema.scores_path(1, 4))).unlink()
+    assert isinstance(CliRunner().invoke(app, command).exception, ScoresIncompleteError)
+    assert json.loads(CliRunner().invoke(app, [*command, "--strategy", "random:3"]).stdout)["scores_of"] is None
 
 
 def test_what_cannot_be_selected(digit_store: Store, scored: Store) -> None:

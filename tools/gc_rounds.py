@@ -38,8 +38,10 @@ def gc(
 
     Example: dynams gc --store runs/a --keep 5 --dry-run
     """
+    target = Store(store)
+    target.dataset()  # where there is none, nothing is written either
     look = find_garbage if dry_run else collect_garbage
-    found = look(Store(store), keep=keep, unused_for=timedelta(days=unused_days))
+    found = look(target, keep=keep, unused_for=timedelta(days=unused_days))
     show({"removed": not dry_run, **asdict(found)}, in_words(found, store, dry_run), json)
 
 

@@ -214,6 +214,7 @@ def rescore_command(
         "max_bad_shards": max_bad_shards, "choices": choices, "calibration_samples": calibration_samples,
         "check_samples": check_samples, "least_overlap": least_overlap, "fallback": fallback, "on_busy": busy,
     }  # fmt: skip
+    target.dataset()  # where there is none, nothing is written either
     # The lease comes first: what is the newest checkpoint, and what is due, may change while another job is waited for.
     with recorded_run(target, epoch_from) as record, store_lease(target, "round", on_busy=busy):
         record.checkpoint = found = newest_checkpoint(trigger.place, epoch_from, settle=poll)

@@ -90,7 +90,8 @@ def score(
     )
     settled = spec.resolved(first_extensions(target, target.dataset()), device)
     if input is None or label is None:
-        say(f"input: {settled.input}, label: {settled.label or 'none'} (as the first shard shows)")
+        found = [f"input: {settled.input}"] * (input is None) + [f"label: {settled.label or 'none'}"] * (label is None)
+        say(f"{', '.join(found)} (as the first shard shows)")
     if dry_run:
         plan = plan_round(target, settled, storage.absolute(checkpoint), device, max_bad_shards)
         script = job_script(source)

@@ -93,12 +93,7 @@ def select(
     """
     source = scheduler_source(scheduler, scheduler_file, cluster)
     if dry_run:
-        target = Store(store)
-        samples = (target.dataset() if round is None else tables_to_cut(target, round)[1]).samples
-        count = selected_count(fraction, samples)
-        chosen = str(Strategy.parse(strategy))
-        words = f"{store}: would select {count:,} of {samples:,} samples by {chosen}, fewer if fewer have scores"
-        show({"selected": count, "samples": samples, "strategy": chosen}, words, json)
+        _tell(Store(store), fraction, Strategy.parse(strategy), round, json)
         return
     result = select_round(
         Store(store), fraction=fraction, strategy=strategy, scores_of=round, workers=workers,
@@ -107,6 +102,17 @@ def select(
         max_bad_shards=max_bad_shards, scheduler=source,
     )  # fmt: skip
     show(as_dict(result), in_words(result, store), json)
+
+
+def _tell(store: Store, fraction: str, strategy: Strategy, round: int | None, json: bool) -> None:
+    """What would be selected, and from which score tables."""
+    scored, dataset = (None, store.dataset()) if strategy.seed is not None else tables_to_cut(store, round)
+    count = selected_count(fraction, dataset.samples)
+    words = f"{store.url}: would select {count:,} of {dataset.samples:,} samples by {strategy}"
+    if scored is not None:
+        words += f", from the score tables of round {scored}; fewer if fewer have scores"
+    found = {"selected": count, "samples": dataset.samples, "strategy": str(strategy), "scores_of": scored}
+    show(found, words, json)
 
 
 def as_dict(result: SelectResult) -> dict[str, object]:
@@ -120,8 +126,8 @@ def in_words(result: SelectResult, store: str) -> str:
     verb = "published" if result.published else "was published before, cut from the same scores in the same way"
     lines = [
         f"{store}: round {result.round.number} {verb}",
-        f"{counts['selected']:,} of {counts['all']:,} samples (fraction {manifest['fraction']}), "
-        f"{manifest['strategy']} up to {manifest['threshold']}",
+        f"{counts['selected']:,} of {counts['all']:,} samples (fraction {manifest['fraction']}), {manifest['strategy']}"
+        + (f" up to {manifest['threshold']}" if counts["selected"] else ""),
     ]
     if "excluded" in manifest:
         lines.append(f"{manifest['excluded']['samples']:,} samples left out, whose labels are suspected")

@@ -13,6 +13,7 @@ from dynams_stream.errors import DynamsError
 from dynams_stream.store import Round, Store
 from pipeline.freshness import freshness
 from pipeline.lease import Holder, current_holder
+from pipeline.pending import unpublished_rounds
 from pipeline.run_records import LastRun, TriggerState, last_run, trigger
 from tools.command import ConfigOption, DebugOption, JsonOption, StoreOption, run, say, show
 from tools.prometheus import prometheus_text
@@ -64,7 +65,7 @@ def as_dict(store: Store, rounds: list[Round], last: int, place: str | None) -> 
         },
         "rounds": [{"round": published.number, **round_summary(published)} for published in rounds[-last:]],
         "published_rounds": len(rounds),
-        "unpublished_rounds": sorted(set(store.round_numbers()) - {published.number for published in rounds}),
+        "unpublished_rounds": unpublished_rounds(store, rounds),
         "newest_round_age_seconds": round(age_seconds(rounds[-1]), 1) if rounds else None,
         "checkpoints": None if place is None else _freshness(store, place, ran),
         "last_run": None if ran is None else asdict(ran),
