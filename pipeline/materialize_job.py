@@ -122,6 +122,46 @@ def materialize(
     return Materialized(place, published.number, tuple(shards), sum(name not in there for name, *_ in runs))
 
 
+@dataclass(frozen=True)
+class MaterializePlan:
+    """What `materialize` would do.
+
+    Attributes:
+        folder: where.
+        round: whose selection.
+        samples, shards: that it holds and makes.
+        missing: how many of the shards are not there.
+        bytes: about what all of them take, by the mean size of a sample.
+    """
+
+    folder: str
+    round: int
+    samples: int
+    shards: int
+    missing: int
+    bytes: int
+
+
+def plan_materialize(
+    store: Store,
+    folder: str,
+    *,
+    round: int | str = "latest",
+    samples_per_shard: int | None = None,
+    prefix: str = "selected",
+    unique_keys: bool = False,
+) -> MaterializePlan:
+    """What `materialize` would do, with the same arguments and errors; writes nothing."""
+    published, place = store.round(round), storage.absolute(folder)
+    plan, dataset = _plan(published, samples_per_shard, prefix, unique_keys), published.dataset()
+    names, there = [name for name, *_ in _runs(plan)], set(storage.list_names(place))
+    of_all = plan["samples"] / max(1, dataset.samples)
+    missing = sum(name not in there for name in names)
+    return MaterializePlan(
+        place, published.number, plan["samples"], len(names), missing, int(dataset.sizes.sum() * of_all)
+    )
+
+
 def _plan(published: Round, samples_per_shard: int | None, prefix: str, unique_keys: bool) -> dict[str, Any]:
     """What decides each byte of the shards."""
     dataset = published.dataset()

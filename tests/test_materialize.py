@@ -219,3 +219,17 @@ def test_the_command(store: Store, tmp_path: Path) -> None:
     assert "5 shards" in run().stdout
     assert "written before" in run().stdout
     assert isinstance(run("--round", "0").exception, UsageError)
+
+
+def test_a_dry_run_tells_and_writes_nothing(store: Store, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    command = ["--store", store.url, "--out", str(out), "--samples-per-shard", "100", "--json"]
+    told = json.loads(CliRunner().invoke(app, [*command, "--dry-run"]).stdout)
+    size = sum(store.dataset().sizes.tolist())
+    assert told == {
+        "folder": str(out), "round": 1, "samples": 432, "shards": 5, "missing": 5, "bytes": size * 432 // 1437,
+    }  # fmt: skip
+    assert not out.exists()
+    CliRunner().invoke(app, command)
+    (out / "selected-000002.tar").unlink()
+    assert json.loads(CliRunner().invoke(app, [*command, "--dry-run"]).stdout) == told | {"missing": 1}

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import asdict
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from dynams_stream.store import Store
-from pipeline.materialize_job import Materialized, materialize
+from pipeline.materialize_job import Materialized, MaterializePlan, materialize, plan_materialize
 from tools.command import (
     ConfigOption,
     DebugOption,
+    DryRunOption,
     JsonOption,
     StoreOption,
     WorkersOption,
@@ -37,6 +38,7 @@ def command(
         bool, typer.Option("--unique-keys", help="Put each sample's number before its key, which may repeat else.")
     ] = False,
     workers: WorkersOption = None,
+    dry_run: DryRunOption = False,
     config: ConfigOption = None,
     json: JsonOption = False,
     debug: DebugOption = False,
@@ -48,12 +50,24 @@ def command(
 
     Example: dynams materialize --store runs/a --out data/selected
     """
+    what: dict[str, Any] = {
+        "round": round, "samples_per_shard": samples_per_shard, "prefix": prefix, "unique_keys": unique_keys,
+    }  # fmt: skip
+    if dry_run:
+        plan = plan_materialize(Store(store), out, **what)
+        show(asdict(plan), plan_in_words(plan), json)
+        return
     with progress_bar("materialize", "samples") as progress:
-        made = materialize(
-            Store(store), out, round=round, samples_per_shard=samples_per_shard, prefix=prefix,
-            unique_keys=unique_keys, workers=workers, progress=progress,
-        )  # fmt: skip
+        made = materialize(Store(store), out, **what, workers=workers, progress=progress)
     show({**asdict(made), "samples": made.samples}, in_words(made), json)
+
+
+def plan_in_words(plan: MaterializePlan) -> str:
+    """What would be done, for people."""
+    return (
+        f"{plan.folder}: would write {plan.missing:,} of {plan.shards:,} shards, {plan.samples:,} samples of round "
+        f"{plan.round} in all, about {plan.bytes / 1e6:,.1f} MB"
+    )
 
 
 def in_words(made: Materialized) -> str:
