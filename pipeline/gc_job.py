@@ -385,7 +385,7 @@ def _unused_weights(store: Store, staying: Sequence[Round]) -> list[str]:
 
 
 def _ago(passed: timedelta) -> str:
-    minutes = int(passed.total_seconds()) // 60
+    minutes = max(0, int(passed.total_seconds()) // 60)  # clocks may differ
     if minutes < 120:
         return f"{minutes} min"
     return f"{minutes // 60} h" if minutes < 48 * 60 else f"{minutes // (24 * 60)} days"

@@ -202,9 +202,9 @@ def _claim(place: str, plan: dict[str, Any]) -> tuple[MadeShard, ...] | None:
             ) from None
     try:
         manifest = json.loads(storage.read_bytes(storage.join(place, MANIFEST)))
-    except FileNotFoundError:
+        return tuple(MadeShard(**shard) for shard in manifest["shards"])
+    except (FileNotFoundError, ValueError, TypeError, KeyError):  # one that is damaged is written again
         return None
-    return tuple(MadeShard(**shard) for shard in manifest["shards"])
 
 
 def _there(place: str, finished: Sequence[MadeShard] | None) -> dict[str, MadeShard | None]:

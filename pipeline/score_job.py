@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from typing import Any
@@ -13,13 +14,13 @@ from distributed import Client
 
 from dynams_stream.checkpoint import checkpoint_digest, checkpoint_epoch
 from dynams_stream.dataset import Dataset
-from dynams_stream.errors import ScoringError
+from dynams_stream.errors import DynamsError, ScoringError
 from dynams_stream.index import read_shard_index
 from dynams_stream.scorer import ScorerSpec
 from dynams_stream.store import Store
 from pipeline.cluster import dask_client
 from pipeline.cores import available_cores
-from pipeline.lease import OnBusy, store_lease
+from pipeline.lease import Lease, OnBusy, store_lease
 from pipeline.part_runs import PartRuns
 from pipeline.pending import are_published, finished_parts, require_content, scored_round
 from pipeline.receipt import (
@@ -145,9 +146,10 @@ def score_round(
         StoreBusyError: another job works on the store.
         ScoringError: when parts failed, or too many samples did; finished parts are kept.
         CheckpointError: the checkpoint was replaced while the job ran.
+        LeaseLostError: this job was taken for dead meanwhile, and another has taken over.
     """
     began = time.perf_counter()
-    with store_lease(store, "score", on_busy=on_busy):
+    with store_lease(store, "score", on_busy=on_busy) as lease, _still_holding(lease):
         plan = plan_round(store, scorer, checkpoint, device, max_bad_shards)
         dataset, spec = plan.dataset, plan.spec
         number = plan.number if plan.number is not None else store.claim_round(plan.identity)
@@ -171,6 +173,7 @@ def score_round(
                 PartRuns(connected, pending, max_bad_shards=max_bad_shards) as runs,
             ):
                 for receipt in runs:
+                    lease.require()
                     receipts[receipt.part] = receipt
                     if progress is not None:
                         progress(_progress(dataset, receipts, resumed))
@@ -191,6 +194,17 @@ def score_round(
         errors=first_errors(receipts.values()),
         bad_shards=bad_shards(receipts.values()),
     )
+
+
+@contextmanager
+def _still_holding(lease: Lease) -> Iterator[None]:
+    """End with LeaseLostError, whatever else went wrong, when another job has taken over: it replaces what is there."""
+    try:
+        yield
+    except DynamsError:
+        lease.require()
+        raise
+    lease.require()
 
 
 def plan_round(

@@ -54,10 +54,14 @@ def remembered_shards(store: Store) -> list[str]:
     """
     try:
         patterns = json.loads(storage.read_bytes(store.path(schema.SHARDS_FILE)))
-    except FileNotFoundError as error:
+    except FileNotFoundError:
+        patterns = []
+    except ValueError as error:
         raise UsageError(
-            f"{store.url} does not know how its shards were named; name them once, with --refresh"
+            f"{store.path(schema.SHARDS_FILE)} cannot be read ({error}); name the shards once, with --refresh"
         ) from error
+    if not isinstance(patterns, list) or not patterns:
+        raise UsageError(f"{store.url} does not know how its shards were named; name them once, with --refresh")
     return [str(pattern) for pattern in patterns]
 
 

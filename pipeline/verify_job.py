@@ -273,10 +273,15 @@ def _dataset_of(published: Round, datasets: dict[int, Dataset]) -> Dataset | Non
 
 
 def _round_checks(rounds: Sequence[Round], datasets: dict[int, Dataset]) -> Iterator[Check]:
+    of_changed: dict[int, list[int]] = {}
     for published in rounds:
         dataset = _dataset_of(published, datasets)
         if dataset is None:
-            yield partial(_wrong_dataset, published)
+            version = published.manifest["dataset"]["version"]
+            if version in datasets:
+                of_changed.setdefault(version, []).append(published.number)
+            else:
+                yield partial(_missing_dataset, published)
             continue
         if published.manifest["score_parts"] not in ([], [part.number for part in dataset.parts]):
             yield partial(_wrong_parts, published)
@@ -287,6 +292,8 @@ def _round_checks(rounds: Sequence[Round], datasets: dict[int, Dataset]) -> Iter
             yield check.excluded_file
         for part in published.manifest["score_parts"]:
             yield partial(check.score_table, dataset.parts[part])
+    for version, numbers in of_changed.items():
+        yield partial(_changed_dataset, version, numbers)
 
 
 def _cut_checks(
@@ -302,7 +309,12 @@ def _cut_checks(
         yield [] if dataset is None or files & damaged else check_cut(published, dataset, parallel)
 
 
-def _wrong_dataset(published: Round) -> list[Problem]:
+def _changed_dataset(version: int, numbers: Sequence[int]) -> list[Problem]:
+    what = f"not the table that rounds {', '.join(map(str, numbers))} were made from: its digest is another"
+    return [Problem(schema.dataset_path(version), what, "restore it from a copy")]
+
+
+def _missing_dataset(published: Round) -> list[Problem]:
     recorded = published.manifest["dataset"]
     what = f"made from dataset version {recorded['version']}, digest {recorded['digest'][:12]}, which is not there"
     advice = "restore that dataset table, or remove the round's folder"

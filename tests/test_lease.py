@@ -23,7 +23,7 @@ from typer.testing import CliRunner
 
 import toy_models
 from dynams_stream import ScorerSpec, Store, schema, storage
-from dynams_stream.errors import LeaseLostError, StoreBusyError, StoreError, UsageError
+from dynams_stream.errors import LeaseLostError, ScoringError, StoreBusyError, StoreError, UsageError
 from pipeline import lease
 from pipeline.lease import current_holder, store_lease
 from pipeline.rounds import make_round
@@ -223,6 +223,26 @@ try:
 except Exception as error:
     print(f"{type(error).__name__}: {error}", flush=True)
 """
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_a_scoring_job_that_was_taken_over_ends_at_the_next_part(
+    digit_store: Store, checkpoint: str, client: Client, fails: bool
+) -> None:
+    seen: list[int] = []
+
+    def taken_over(now: Any) -> None:
+        """Another job has begun, as it would after this one had been silent for long."""
+        seen.append(now.done)
+        if len(seen) == 1:
+            mine = Path(digit_store.path(schema.lease_path(number_of(digit_store))))
+            Path(digit_store.path(schema.lease_path(number_of(digit_store) + 1))).write_bytes(mine.read_bytes())
+            if fails:
+                raise ScoringError("a part that the other job has written")
+
+    with pytest.raises(LeaseLostError, match="took over"):
+        score_round(digit_store, SPEC, checkpoint=checkpoint, client=client, progress=taken_over)
+    assert len(seen) == 1
 
 
 @pytest.mark.slow

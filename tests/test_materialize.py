@@ -114,6 +114,17 @@ def test_a_finished_folder_is_mended(store: Store, tmp_path: Path) -> None:
     assert materialize(store, str(tmp_path / "out"), samples_per_shard=50).written == 0
 
 
+@pytest.mark.parametrize("damage", ["", "[]", "{}", '{"shards": [{"nam'])
+def test_a_damaged_manifest_is_written_again(store: Store, tmp_path: Path, damage: str) -> None:
+    made = materialize(store, str(tmp_path / "out"), samples_per_shard=100)
+    manifest = tmp_path / "out" / "manifest.json"
+    whole = manifest.read_text()
+    manifest.write_text(damage)
+    again = materialize(store, str(tmp_path / "out"), samples_per_shard=100)
+    assert (again.shards, again.written) == (made.shards, 0)
+    assert manifest.read_text() == whole
+
+
 def test_a_folder_of_something_else_is_refused(store: Store, tmp_path: Path) -> None:
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "photo.jpg").write_bytes(b"x")

@@ -11,7 +11,7 @@ import pytest
 from typer.testing import CliRunner
 
 from builders import Entry, plain_entries, tar_bytes
-from dynams_stream import SelectedDataset, Store, storage
+from dynams_stream import SelectedDataset, Store, schema, storage
 from dynams_stream.errors import BadShardsError, ShardChangedError, ShardMissingError, StateError, UsageError
 from pipeline import shard_scan
 from pipeline.index_job import build_index
@@ -145,6 +145,22 @@ def test_without_names_it_asks_for_them(folder: Path, tmp_path: Path) -> None:
         done = CliRunner().invoke(app, ["--store", str(tmp_path / "store"), *arguments])
         assert isinstance(done.exception, UsageError)
         assert message in str(done.exception)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"), [("", "shards.json cannot be read"), ("[]", "does not know"), ("{}", "")]
+)
+def test_damaged_names_are_asked_for_again(folder: Path, tmp_path: Path, content: str, message: str) -> None:
+    shards = [str(folder / "train-000000.tar")]
+    store = Store(tmp_path / "store")
+    assert CliRunner().invoke(app, [*shards, "--store", store.url]).exit_code == 0
+    names = Path(store.path(schema.SHARDS_FILE))
+    names.write_text(content)
+    done = CliRunner().invoke(app, ["--store", store.url, "--refresh"])
+    assert isinstance(done.exception, UsageError)
+    assert message in str(done.exception)
+    assert CliRunner().invoke(app, [*shards, "--store", store.url, "--refresh"]).exit_code == 0
+    assert json.loads(names.read_text()) == shards
 
 
 def test_a_shard_that_may_not_be_read_is_not_a_removed_one(

@@ -79,9 +79,11 @@ def run(app: typer.Typer | Callable[[], Any], arguments: list[str] | None = None
         _fail(str(error), EXIT_FAILED, debug)
     except BrokenPipeError:
         sys.exit(EXIT_FAILED)
+    except OSError as error:
+        where = f"{error.filename}: " if error.filename else ""
+        _fail(f"{where}{error.strerror or error} ({type(error).__name__})", EXIT_FAILED, debug)
     except Exception as error:  # noqa: BLE001 - the last resort: people get a message, --debug the traceback
-        hint = "" if isinstance(error, OSError) else " (--debug shows where it happened)"
-        _fail(f"{type(error).__name__}: {error}{hint}", EXIT_FAILED, debug)
+        _fail(f"{type(error).__name__}: {error} (--debug shows where it happened)", EXIT_FAILED, debug)
 
 
 def _terminate(signum: int, frame: FrameType | None) -> NoReturn:

@@ -20,6 +20,9 @@ ModelArgsOption = Annotated[str, typer.Option("--model-args", help="Its keyword 
 HeadOption = Annotated[
     str | None, typer.Option("--head", help="Name of the last linear layer, where it is not found by itself.")
 ]
+_MOST_SHOWN = 200
+"""Characters of a wrong value that a message shows."""
+
 WidthOption = Annotated[
     float, typer.Option("--width", help="Width of the slim proxy in the checkpoint; 1 scores with the model itself.")
 ]
@@ -89,14 +92,20 @@ def scorer_spec(
     try:
         arguments = json.loads(model_args)
     except ValueError as error:
-        raise UsageError(f"--model-args {model_args!r} is not JSON: {error}") from error
+        raise UsageError(f"--model-args {_shown(model_args)} is not JSON: {error}") from error
     if not isinstance(arguments, dict):
-        raise UsageError(f"--model-args must be a JSON object such as '{{\"num_classes\": 10}}'; got {model_args!r}")
+        raise UsageError(
+            f"--model-args must be a JSON object such as '{{\"num_classes\": 10}}'; got {_shown(model_args)}"
+        )
     return ScorerSpec(
         model=model, model_args=arguments, head=head, width=width, input=input, label=label, transform=transform,
         batch_size=batch_size, precision=precision, compile=compile,
         least_side=least_side,
     )  # fmt: skip
+
+
+def _shown(text: str) -> str:
+    return repr(text if len(text) <= _MOST_SHOWN else f"{text[:_MOST_SHOWN]}…")
 
 
 @contextmanager

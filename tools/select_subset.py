@@ -6,6 +6,7 @@ from typing import Annotated
 
 import typer
 
+from dynams_stream.errors import ScoresIncompleteError
 from dynams_stream.selection import selected_count
 from dynams_stream.store import Store
 from dynams_stream.strategy import Strategy
@@ -105,12 +106,16 @@ def select(
 
 
 def _tell(store: Store, fraction: str, strategy: Strategy, round: int | None, json: bool) -> None:
-    """What would be selected, and from which score tables."""
-    scored, dataset = (None, store.dataset()) if strategy.seed is not None else tables_to_cut(store, round)
+    """What would be selected, and from which score tables; or what is to be done before."""
+    scored, dataset, source = None, store.dataset(), ""
+    if strategy.seed is None:
+        try:
+            scored, dataset = tables_to_cut(store, round)
+            source = f", from the score tables of round {scored}; fewer if fewer have scores"
+        except ScoresIncompleteError as error:
+            source = f"; not yet: {error}"
     count = selected_count(fraction, dataset.samples)
-    words = f"{store.url}: would select {count:,} of {dataset.samples:,} samples by {strategy}"
-    if scored is not None:
-        words += f", from the score tables of round {scored}; fewer if fewer have scores"
+    words = f"{store.url}: would select {count:,} of {dataset.samples:,} samples by {strategy}{source}"
     found = {"selected": count, "samples": dataset.samples, "strategy": str(strategy), "scores_of": scored}
     show(found, words, json)
 

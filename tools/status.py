@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
-from dynams_stream.errors import DynamsError
+from dynams_stream.errors import DynamsError, UsageError
 from dynams_stream.store import Round, Store
 from pipeline.freshness import freshness
 from pipeline.lease import Holder, current_holder
@@ -39,6 +39,8 @@ def status(
 
     Example: dynams status --store runs/a
     """
+    if json and prometheus:
+        raise UsageError("--json and --prometheus are two forms of the same; give one of them")
     target = Store(store)
     rounds = target.rounds()
     result = as_dict(target, rounds, last, checkpoints)
