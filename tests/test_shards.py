@@ -82,7 +82,7 @@ def test_shards_that_are_there_are_kept_unless_told_otherwise(tmp_path: Path) ->
     write_shards(some_samples(12), tmp_path, samples_per_shard=3)
     others = write_shards(some_samples(2), tmp_path, prefix="test")
     (tmp_path / "train-notes.txt").write_text("mine")
-    with pytest.raises(UsageError, match=r"holds 4 shards named train-….tar; choose another folder, or ask"):
+    with pytest.raises(UsageError, match=r"holds 4 shards named train-….tar; choose another folder, or overwrite them"):
         write_shards(some_samples(5), tmp_path, samples_per_shard=3)
     urls = write_shards(some_samples(5), tmp_path, samples_per_shard=3, overwrite=True)
     assert read_back(urls) == some_samples(5)
