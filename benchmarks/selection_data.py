@@ -22,7 +22,7 @@ from pipeline.score_table import score_table_file
 
 SHARD_SAMPLES = 10_000
 CLASSES = 1000
-IDENTITY = {"scorer": {"model": "made_up:scores", "width": 0.5}, "checkpoint": "0" * 64}
+IDENTITY = {"scorer": {"model": "made_up:scores", "width": 0.5, "label": "cls"}, "checkpoint": "0" * 64}
 
 
 def make_store(folder: Path, rows: int, processes: int) -> Store:

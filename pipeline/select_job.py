@@ -133,7 +133,7 @@ def select_round(
         return SelectResult(earlier, published=False)
     if scored is not None:
         receipts = [part.receipt for part in parts.values()]
-        require_content(store, parts[0].identity["scorer"]["label"] or "", receipts)
+        require_content(store, parts[0].identity["scorer"].get("label") or "", receipts)
         require_few_failures(store, scored, parts, max_errors)
     with _apart_from_scoring(store, scored, parts) as lease:
         parts_to_cut = score_parts(store, dataset, scored)
