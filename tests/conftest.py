@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import gc
 import os
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import fsspec
 import pytest
 import torch
 from distributed import Client
 
+from dynams_stream import storage
 from dynams_stream.store import Store
 from pipeline.cluster import dask_client
 from pipeline.index_job import build_index
@@ -55,6 +58,20 @@ def client(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Client]:
     with dask_client(workers=2) as connected:
         yield connected
         gc.collect()  # who collects a DataLoader waits for its workers: the client's thread would not hear `close` then
+
+
+@pytest.fixture
+def reads(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
+    """How often each file was opened by `storage.open_random`, as score tables are."""
+    opened: Counter[str] = Counter()
+    original = storage.open_random
+
+    def counted(url: str) -> Any:
+        opened[url] += 1
+        return original(url)
+
+    monkeypatch.setattr(storage, "open_random", counted)
+    return opened
 
 
 @pytest.fixture(scope="module")

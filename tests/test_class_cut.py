@@ -17,7 +17,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from test_cut import selected_rows, write_part
 
-from dynams_stream import class_cut, storage
+from dynams_stream import class_cut
 from dynams_stream.class_cut import _Sum
 from dynams_stream.class_cut_part import KeyCounts
 from dynams_stream.class_quotas import ClassQuotas, settle_quotas
@@ -149,18 +149,10 @@ def test_bytes_depend_on_neither_workers_nor_parts(tmp_path: Path) -> None:
     assert selected_rows(str(folder / "selection.parquet")) == selected_rows(str(tmp_path / "1/selection.parquet"))
 
 
-def test_each_part_is_read_three_times(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    opened: Counter[str] = Counter()
-    original = storage.open_random
-
-    def counted(url: str) -> Any:
-        opened[url] += 1
-        return original(url)
-
-    monkeypatch.setattr(storage, "open_random", counted)
+def test_each_part_is_read_three_times(tmp_path: Path, reads: Counter[str]) -> None:
     parts = write_labelled(tmp_path, [[(1.0, row % 3) for row in range(20)] for _ in range(6)], 2)
     cut(parts, tmp_path, "0.5", ClassQuotas(balance=True, least=2))
-    assert opened == Counter({part.url: 3 for part in parts})
+    assert reads == Counter({part.url: 3 for part in parts})
 
 
 def test_tasks_hold_little_when_everything_ties(tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from test_cut import full_sort, scores_values, selected_rows, write_part, written_fractions
 
-from dynams_stream import class_counts, storage, window_cut
+from dynams_stream import class_counts, window_cut
 from dynams_stream.class_counts import ClassCounts
 from dynams_stream.cut import CutResult, ScorePart, exact_cut
 from dynams_stream.cut_part import MOST_CLASSES
@@ -26,20 +26,6 @@ from pipeline.dask_map import ordered_dask_map
 
 DISTANCE = Strategy.parse("distance")
 PARTS = window_cut.LEAST_PARTS
-
-
-@pytest.fixture
-def reads(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
-    """How often each table was opened."""
-    opened: Counter[str] = Counter()
-    original = storage.open_random
-
-    def counted(url: str) -> Any:
-        opened[url] += 1
-        return original(url)
-
-    monkeypatch.setattr(storage, "open_random", counted)
-    return opened
 
 
 def make_parts(
